@@ -1,0 +1,71 @@
+"""Which supernet a layout trains: pure functions on (L, M) float64 tensors of L layouts and M supernets."""
+
+import torch
+from torch import Tensor
+
+
+def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters: int = 1000) -> Tensor:
+    """Balanced assignment: softmax of the scores over supernets, rescaled until all are used equally.
+
+    The result is the fixed point of the paper's iteration (section 3.2: divide every column by its mean,
+    renormalise every row), found in the log domain by Newton's method on its convex dual: rows
+    softmax(sharpness * scores + offset), with one offset for each supernet that makes every usage 1/M. The plain
+    iteration needs thousands of rounds for sharp scores, Newton's method a handful.
+
+    Args:
+        scores: finite accuracies in [0, 1], shape (L, M), L >= M or not.
+        sharpness: factor on the scores before the softmax, at least 0; larger is more decided.
+        tolerance: largest accepted relative deviation of a usage from 1/M.
+        max_iters: Newton steps before giving up.
+
+    Returns:
+        p(supernet given layout), a new float64 tensor of shape (L, M) whose rows sum to 1.
+
+    Raises:
+        ValueError: if the scores are not a finite matrix, or the sharpness is negative or not finite.
+        RuntimeError: if the iteration limit is reached; the message gives the deviation.
+    """
+    if scores.ndim != 2 or 0 in scores.shape or not torch.isfinite(scores).all():
+        raise ValueError(f"scores of shape {tuple(scores.shape)} must be a finite (layouts, supernets) matrix")
+    if not 0 <= sharpness < float("inf"):
+        raise ValueError(f"sharpness {sharpness} must be a finite number of at least 0")
+    logits = scores.double() * sharpness
+    num_layouts, num_supernets = logits.shape
+    target = num_layouts / num_supernets
+    offset = torch.zeros(num_supernets, dtype=torch.float64)
+    deviation = float("inf")
+
+    def objective(offset: Tensor) -> float:
+        return float((logits + offset).logsumexp(1).sum() - target * offset.sum())
+
+    for step in range(max_iters):
+        assignment = (logits + offset).softmax(1)
+        totals = assignment.sum(0)
+        deviation = float((totals / target - 1).abs().max())
+        if deviation <= tolerance:
+            return assignment
+        if step < 4 or step % 8 == 7:
+            # the plain iteration: robust far from the solution, where Newton's quadratic model does not hold
+            offset = offset - (totals / target).clamp_min(1e-300).log()
+        else:
+            hessian = torch.diag(totals) - assignment.T @ assignment
+            ridge = 1e-12 * target + 1e-3 * float((totals - target).abs().mean())
+            direction = torch.linalg.solve(
+                hessian + ridge * torch.eye(num_supernets, dtype=torch.float64), target - totals
+            )
+            before, slope, scale = objective(offset), float(direction @ (totals - target)), 1.0
+            while scale > 1e-10 and objective(offset + scale * direction) > before + 1e-4 * scale * slope:
+                scale /= 2
+            offset = offset + scale * direction
+        offset = offset - offset.mean()
+    raise RuntimeError(f"no balanced assignment after {max_iters} steps: a usage is {deviation:.1%} off 1/M")
+
+
+def usage(assignment: Tensor) -> Tensor:
+    """Expected share of steps that each supernet gets when layouts are drawn uniformly, shape (M,), sums to 1."""
+    return assignment.mean(0)
+
+
+def update_score(scores: Tensor, layout: int, supernet: int, accuracy: float, momentum: float) -> None:
+    """Move one score towards an accuracy, in place: W <- momentum * W + (1 - momentum) * a (paper, Algorithm 1)."""
+    scores[layout, supernet] = momentum * scores[layout, supernet] + (1 - momentum) * accuracy

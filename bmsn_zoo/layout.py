@@ -1,0 +1,104 @@
+"""`Layout`: where a network downsamples, as data. No torch here."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import InputError
+
+_MAX_ENTRY = 9999
+_TEXT = re.compile(r"[0-9]{1,4}(?:[-,][0-9]{1,4})*")
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """How many consecutive units of a backbone work at each resolution (paper, section 3).
+
+    `Layout((5, 3, 2))` runs units 0 to 4 at full resolution, 5 to 7 at half and 8 to 9 at a quarter.
+
+    Args:
+        units_per_scale: units at each resolution, full resolution first; every entry is at least 1.
+
+    Raises:
+        InputError: if empty, or an entry is not a whole number of at least 1.
+    """
+
+    units_per_scale: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.units_per_scale:
+            raise InputError("layout is empty: give the units at each resolution, such as 5-3-2")
+        for entry in self.units_per_scale:
+            if isinstance(entry, bool) or not isinstance(entry, int):
+                raise InputError(f"layout {self.units_per_scale!r} has {entry!r}: every entry is a whole number")
+            if not 1 <= entry <= _MAX_ENTRY:
+                raise InputError(f"layout {self} has {entry}: every resolution needs at least 1 unit, such as 5-3-2")
+
+    @classmethod
+    def parse(cls, value: "str | Sequence[int] | Layout") -> "Layout":
+        """Read a layout from text ("5-3-2", "5,3,2"), a tuple or a JSON list.
+
+        Raises:
+            InputError: if the value is none of these or not a valid layout.
+        """
+        if isinstance(value, Layout):
+            return value
+        if isinstance(value, str):
+            text = value.replace(" ", "")
+            if not _TEXT.fullmatch(text):
+                raise InputError(f"layout {value[:40]!r} is not a list of whole numbers: write it as 5-3-2")
+            return cls(tuple(int(entry) for entry in re.split("[-,]", text)))
+        if isinstance(value, Sequence):
+            return cls(tuple(value))
+        raise InputError(f"layout {value!r} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
+
+    def __str__(self) -> str:
+        return "-".join(str(entry) for entry in self.units_per_scale)
+
+    @property
+    def num_units(self) -> int:
+        """Units in all."""
+        return sum(self.units_per_scale)
+
+    @property
+    def num_scales(self) -> int:
+        """Resolutions; one more than there are downsamplings."""
+        return len(self.units_per_scale)
+
+    @property
+    def scale_of_unit(self) -> tuple[int, ...]:
+        """For each unit the index of its resolution, 0 being the full one."""
+        return tuple(scale for scale, units in enumerate(self.units_per_scale) for _ in range(units))
+
+    @property
+    def flags(self) -> tuple[int, ...]:
+        """For each unit 1 if its input is downsampled, else 0; `flags[0]` is 0."""
+        scales = self.scale_of_unit
+        return tuple(int(unit > 0 and scales[unit] != scales[unit - 1]) for unit in range(len(scales)))
+
+    def check(self, num_units: int, image_size: int | None = None) -> "Layout":
+        """Return this layout if a backbone of `num_units` units can run it on images of `image_size` pixels.
+
+        Raises:
+            InputError: if the units do not add up, or the last resolution would be smaller than one pixel.
+        """
+        if self.num_units != num_units:
+            raise InputError(f"layout {self} sums to {self.num_units}, the backbone has {num_units} units")
+        if image_size is not None and image_size >> (self.num_scales - 1) < 1:
+            raise InputError(
+                f"layout {self} has {self.num_scales} scales, too many for {image_size}-pixel images: "
+                f"use images of at least {2 ** (self.num_scales - 1)} pixels or fewer scales"
+            )
+        return self
+
+    def resolutions(self, image_size: int) -> tuple[int, ...]:
+        """Side of each unit's feature map in pixels, for square images of `image_size` pixels."""
+        return tuple(image_size >> scale for scale in self.scale_of_unit)
+
+    def table(self, image_size: int, channels: Sequence[int]) -> str:
+        """A text table of unit, resolution and channels; `channels` holds one entry for each unit."""
+        self.check(len(channels), image_size)
+        rows = [f"{'unit':>4}  {'resolution':>10}  {'channels':>8}"]
+        for unit, (size, width) in enumerate(zip(self.resolutions(image_size), channels, strict=True)):
+            rows.append(f"{unit:>4}  {f'{size}x{size}':>10}  {width:>8}")
+        return "\n".join(rows)

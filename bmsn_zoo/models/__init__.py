@@ -1,0 +1,5 @@
+"""The timm models; importing this package registers them."""
+
+from .pooling_resnet import PoolingResNet
+
+__all__ = ["PoolingResNet"]

@@ -1,0 +1,306 @@
+"""`PoolingResNet`, the one network for supernets, retraining and published weights, and its timm entrypoints."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..errors import InputError
+from ..layout import Layout
+from ..search_space import BACKBONES
+
+__all__ = ["PoolingResNet"]
+
+# Supernets normalise with the batch at hand: statistics averaged over layouts would belong to none of them.
+_SupernetNorm = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
+
+
+class BasicBlock(nn.Module):
+    """A residual block of two 3x3 convolutions; a 2x2 max pool on its input is where it may downsample."""
+
+    def __init__(self, in_chs: int, out_chs: int, downsample: bool, norm_layer: Any, act_layer: Any) -> None:
+        super().__init__()
+        self.set_downsampling(downsample)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(out_chs)
+        self.act1 = act_layer(inplace=True)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
+        self.bn2 = norm_layer(out_chs)
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False), norm_layer(out_chs))
+            if in_chs != out_chs
+            else nn.Identity()
+        )
+        self.act2 = act_layer(inplace=True)
+
+    @torch.jit.ignore
+    def set_downsampling(self, downsample: bool) -> None:
+        """Halve the input's resolution from now on, or keep it."""
+        self.pool = nn.MaxPool2d(2) if downsample else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(x)
+        shortcut = self.shortcut(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        x = x + shortcut
+        return self.act2(x)
+
+
+class PoolingResNet(nn.Module):
+    """A CIFAR-style ResNet whose downsamplings sit where its layout says (paper, section 3).
+
+    Weights have the same names and shapes for every layout. A network with a fixed layout therefore stores it in
+    its state dict, and loading the weights of another layout raises.
+
+    Args:
+        channels: output channels of each unit: the 3x3 stem, then one residual block each.
+        layout: units at each resolution; sums to the number of units.
+        num_classes: outputs; 0 for features only.
+        in_chans: channels of the image.
+        global_pool: timm pooling type before the classifier; '' keeps the map.
+        drop_rate: dropout before the classifier, a fraction.
+        searchable: a supernet: `set_layout` may change the layout at any time, and normalisation layers use the
+            batch at hand, in training and in evaluation alike, without scale, shift or running statistics.
+        act_layer: activation class.
+
+    Raises:
+        InputError: if the layout is malformed or does not fit the units.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        layout: str | Sequence[int] | Layout,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        searchable: bool = False,
+        act_layer: Any = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        parsed = Layout.parse(layout).check(len(channels))
+        self.channels = tuple(channels)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.channels[-1]
+        self.drop_rate = drop_rate
+        self.searchable = searchable
+        self.grad_checkpointing = False
+
+        norm_layer = _SupernetNorm if searchable else nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(in_chans, self.channels[0], 3, padding=1, bias=False)
+        self.bn1 = norm_layer(self.channels[0])
+        self.act1 = act_layer(inplace=True)
+        self.blocks = nn.Sequential(
+            *(
+                BasicBlock(in_chs, out_chs, bool(flag), norm_layer, act_layer)
+                for in_chs, out_chs, flag in zip(self.channels, self.channels[1:], parsed.flags[1:], strict=False)
+            )
+        )
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+        self._describe(parsed)
+        if not searchable:
+            self.register_buffer("layout_units", torch.tensor(parsed.units_per_scale))
+            self.register_load_state_dict_pre_hook(_refuse_other_layout)
+
+    @torch.jit.ignore
+    def _describe(self, layout: Layout) -> None:
+        """Record the layout and what timm derives from it: the last module of every resolution."""
+        self.layout = str(layout)
+        self.feature_info, end = [], 0
+        for scale, units in enumerate(layout.units_per_scale):
+            end += units
+            module = "act1" if end == 1 else f"blocks.{end - 2}"
+            self.feature_info.append(dict(num_chs=self.channels[end - 1], reduction=2**scale, module=module))
+
+    @torch.jit.ignore
+    def set_layout(self, layout: str | Sequence[int] | Layout) -> None:
+        """Make a supernet run another layout; weights are untouched.
+
+        Raises:
+            InputError: if the layout does not fit the units.
+            RuntimeError: if this network is not searchable.
+        """
+        if not self.searchable:
+            raise RuntimeError(f"this network has the fixed layout {self.layout}: only a supernet can change it")
+        parsed = Layout.parse(layout).check(len(self.channels))
+        for block, flag in zip(self.blocks, parsed.flags[1:], strict=True):
+            block.set_downsampling(bool(flag))  # type: ignore[operator]
+        self._describe(parsed)
+
+    @torch.jit.ignore
+    def forward_unit(self, x: torch.Tensor, unit: int, downsample: bool) -> torch.Tensor:
+        """Run one unit of a supernet, downsampling its input or not; the supernet's layout is left undefined."""
+        if unit == 0:
+            return self.act1(self.bn1(self.conv1(x)))
+        block = self.blocks[unit - 1]
+        block.set_downsampling(downsample)  # type: ignore[operator]
+        return block(x)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm: how parameters group into layers, for layer-wise learning rates."""
+        return dict(stem=r"^conv1|bn1", blocks=r"^blocks" if coarse else r"^blocks\.(\d+)")
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """timm: parameters to keep from weight decay beside biases and norms, which optimisers leave out already."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm: recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """timm: the classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        """timm: replace the classifier by a new one; 0 classes removes it."""
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) images to (B, num_features, H / 2^(S-1), W / 2^(S-1)) features."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to (B, num_classes) logits, or to pooled (B, num_features) features with `pre_logits`."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = nn.functional.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """timm: the last map of each resolution, and the final features.
+
+        Args:
+            x: images, (B, in_chans, H, W).
+            indices: resolutions to return; the last n if an int, all if None.
+            norm: unused, as the maps are already normalised and activated.
+            stop_early: stop after the last map asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return the maps alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported: use NCHW")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        ends = self._scale_ends()
+        maps = []
+        x = self.act1(self.bn1(self.conv1(x)))
+        for scale, end in enumerate(ends):
+            blocks = self.blocks[(ends[scale - 1] if scale else 0) : end]
+            if stop_early and scale > last:
+                break
+            x = checkpoint_seq(blocks, x) if self.grad_checkpointing and len(blocks) else blocks(x)
+            if scale in take:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm: drop the blocks after the last map asked for, and the head; returns the absolute indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.blocks = self.blocks[: self._scale_ends()[last]]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    @torch.jit.ignore
+    def _scale_ends(self) -> list[int]:
+        """For each resolution the number of blocks up to its end."""
+        ends, units = [], 0
+        for entry in Layout.parse(self.layout).units_per_scale:
+            units += entry
+            ends.append(units - 1)
+        return ends
+
+
+def _refuse_other_layout(module: PoolingResNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    stored = state_dict.get(prefix + "layout_units")
+    if stored is not None:
+        found = "-".join(str(entry) for entry in stored.flatten().tolist())
+        if found != module.layout:
+            raise InputError(
+                f"these weights belong to layout {found}, the network has layout {module.layout}: "
+                f"create it with layout={found!r}"
+            )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2306.11982",
+        "paper_name": "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({"bmsn_resnet20.untrained": _cfg()})
+
+
+def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout | None, **kwargs: Any) -> nn.Module:
+    backbone = BACKBONES[variant]
+    parsed = (backbone.default_layout if layout is None else Layout.parse(layout)).check(backbone.num_units)
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if parsed.num_scales != backbone.default_layout.num_scales and not kwargs.get("pretrained_cfg"):
+        side = default_cfgs[variant].default.input_size[-1] >> (parsed.num_scales - 1)
+        overlay.setdefault("pool_size", (side, side))
+    model = build_model_with_cfg(
+        PoolingResNet,
+        variant,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(out_indices=tuple(range(parsed.num_scales)), flatten_sequential=True),
+        channels=backbone.channels,
+        layout=parsed,
+        **kwargs,
+    )
+    return model
+
+
+@register_model
+def bmsn_resnet20(
+    pretrained: bool = False, layout: str | Sequence[int] | Layout | None = None, **kwargs: Any
+) -> nn.Module:
+    """ResNet20 with ten units (3x3 stem, 9 basic blocks) that downsamples where `layout` says, 4-3-3 by default."""
+    return _create("bmsn_resnet20", pretrained, layout, **kwargs)

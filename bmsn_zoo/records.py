@@ -1,0 +1,231 @@
+"""The run folder: resolved settings, metrics, checkpoints and results, each written whole or not at all."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import ConfigT, build_config
+from .errors import InputError
+
+SCHEMA_VERSION = 1
+RUNS = Path("runs")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: readers see the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole; not-a-number is an error."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def new_output(kind: str) -> Path:
+    """A folder name for a new run of this kind, after the time of day."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = RUNS / f"{kind}-{stamp}"
+    return path if not path.exists() else RUNS / f"{kind}-{stamp}-{os.getpid()}"
+
+
+def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: Path | None, resume: bool) -> ConfigT:
+    """The config of a new run, or of one to resume: its own, which the settings given must not contradict.
+
+    Raises:
+        InputError: if `output` holds a run already, or holds none to resume, or has other settings.
+    """
+    if not resume:
+        if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"output {output} already holds files: choose another folder, or --resume its run")
+        return build_config(config_class, given)
+    if output is None:
+        raise InputError("resume needs the folder of the run to continue: give --output")
+    try:
+        saved = yaml.safe_load((output / "config.yaml").read_text())
+        config = build_config(config_class, saved)
+    except (OSError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"output {output} holds no {_kind(config_class)} to resume: {error}") from None
+    asked = build_config(config_class, {**saved, **given})
+    before, now = config.settings(), asked.settings()
+    changed = [f"{name} {before[name]} (now {now[name]})" for name in before if before[name] != now[name]]
+    if changed:
+        raise InputError(f"output {output} was run with {', '.join(changed)}: resume it with the same settings")
+    return asked
+
+
+def _kind(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower()
+
+
+class RunFolder:
+    """Files of one run. Only the main process writes, apart from checkpoints.
+
+    Args:
+        path: the folder; made by `begin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        record = path / "segments.json"
+        self.segments: list[dict[str, Any]] = read_json(record) if record.exists() else []
+
+    @property
+    def last_precision(self) -> str | None:
+        """Precision of the segment before this one, as `mixed_precision` calls it; None for a new run."""
+        if not self.segments:
+            return None
+        return "no" if self.segments[-1]["precision"] == "fp32" else self.segments[-1]["precision"]
+
+    def begin(self, config: Any, segment: dict[str, Any]) -> list[str]:
+        """Write the config and the record of a new segment of the run.
+
+        Returns:
+            what differs from the segment before, one sentence each.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        notes = []
+        if self.segments:
+            keys = ("processes", "threads", "precision", "device", "hardware", "versions")
+            notes = [
+                f"resumed with {key} {segment[key]}, before {self.segments[-1][key]}: "
+                "the run continues, but not bit for bit"
+                for key in keys
+                if segment[key] != self.segments[-1][key]
+            ]
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        self.segments.append({**segment, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": 0.0})
+        self._started = time.monotonic()
+        write_json(self.path / "segments.json", self.segments)
+        return notes
+
+    def touch(self) -> None:
+        """Bring the present segment's duration up to date."""
+        self.segments[-1]["seconds"] = round(time.monotonic() - self._started, 1)
+        write_json(self.path / "segments.json", self.segments)
+
+    @property
+    def seconds(self) -> float:
+        """Duration of all segments, as far as they were recorded."""
+        return round(sum(segment["seconds"] for segment in self.segments), 1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def keep_epochs(self, count: int) -> None:
+        """Drop the metrics of epochs that will run again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in rows if json.loads(line)["epoch"] <= count]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = self.path.glob("checkpoint-*/complete.json")
+        return sorted((file.parent for file in found), key=lambda folder: int(folder.name.split("-")[1]))
+
+    def new_checkpoint(self, epoch: int) -> Path:
+        """An empty folder for the checkpoint after some epochs; `complete_checkpoint` makes it count."""
+        folder = self.path / f"checkpoint-{epoch}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
+        """Mark a checkpoint whole, with the state that is not tensors, and drop the older ones."""
+        older = [other for other in self.checkpoints() if other != folder]
+        write_json(folder / "complete.json", state)
+        for other in older:
+            shutil.rmtree(other)
+
+    def drop_checkpoints(self) -> None:
+        """Remove all checkpoints, when the run is done."""
+        for folder in self.path.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+
+
+def save_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Weights and optimizer state as one safetensors file.
+
+    accelerate's own checkpoints hold what the main process owns, as pickles; ours are one file for each network,
+    written by the process that owns it, and read by however many processes there are.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read what `save_training_state` wrote, keeping every tensor's memory format."""
+    weights: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(str(path), "pt") as file:
+        for key in file.keys():
+            part, _, name = key.partition(".")
+            if part == "model":
+                weights[name] = file.get_tensor(key)
+            else:
+                index, _, name = name.partition(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in state.items():
+            for name, value in values.items():
+                if value.shape == parameters[index].shape:
+                    values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def pareto_front(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
+    front: list[dict[str, Any]] = []
+    for entry in sorted(entries, key=lambda e: (e["macs"], -e["accuracy"])):
+        if not front or entry["accuracy"] > front[-1]["accuracy"]:
+            front.append(entry)
+    return front
+
+
+def find_latest_search() -> Path:
+    """The newest finished search under runs/.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = sorted(RUNS.glob("*/search.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError("no finished search under runs/: run search.py first, or give --from-search or --layout")
+    return found[-1].parent

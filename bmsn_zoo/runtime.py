@@ -1,0 +1,136 @@
+"""Where a run computes: processes, threads and precision, and a record of them."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+
+from .config import DataConfig
+from .errors import InputError
+
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
+
+
+def native_precision(device: torch.device) -> str:
+    """The fastest precision that a device computes natively: "bf16" or "no".
+
+    accelerate allows bf16 on every CPU, but where it is emulated it is ten times slower than float32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if supported and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    return "no"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start(config: DataConfig, default_precision: str | None = None) -> Accelerator:
+    """Set threads and precision, and join the other processes.
+
+    Args:
+        config: `mixed_precision` and `threads` are read. `auto` precision is what the launcher was asked for, else
+            `default_precision` (that of the run to resume), else what the device computes natively.
+        default_precision: see above.
+
+    Raises:
+        InputError: if the processes do not know of each other, or the backend or precision cannot be used.
+    """
+    # the launcher sets OMP_NUM_THREADS to 1 unasked, which leaves all cores but one idle
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.threads or max(1, usable_cores() // local_processes))
+
+    state = PartialState()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and state.num_processes == 1:
+        raise InputError(
+            f"{world_size} processes were started that do not know of each other: on CPUs, start them with "
+            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node N"
+        )
+    if state.distributed_type not in _SUPPORTED:
+        raise InputError(f"{state.distributed_type.value} is not supported: launch on one device, or with plain DDP")
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = config.mixed_precision
+    if precision == "auto":
+        asked = launcher if launcher in ("bf16", "fp16") else default_precision
+        precision = asked or native_precision(state.device)
+    if precision == "fp16" and state.device.type != "cuda":
+        raise InputError(f"mixed-precision fp16 needs a GPU, this is {state.device.type}: use bf16 or no")
+    return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+
+
+def describe(accelerator: Accelerator) -> dict[str, Any]:
+    """What this run computes on, for its record: processes, threads, precision, hardware and versions."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+        "device": device.type,
+        "hardware": name,
+        "versions": {"bmsn_zoo": _own_version(), "python": platform.python_version(), **versions},
+        "commit": _commit(),
+    }
+
+
+def _own_version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _processor_name() -> str:
+    """The CPU and its widest instruction set that matters here."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].strip() if names else name
+    return f"{name}, {usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package lies in, marked if files differ from it; None if it is no checkout."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def run_command(run: Callable[[], None]) -> int:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bmsn_zoo").setLevel(logging.INFO)
+    try:
+        run()
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0

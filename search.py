@@ -1,0 +1,8 @@
+"""Search where a convolutional network should downsample: accelerate launch search.py --help"""
+
+import sys
+
+from bmsn_zoo.search import main
+
+if __name__ == "__main__":
+    sys.exit(main(command="accelerate launch "))
