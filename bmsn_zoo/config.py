@@ -53,6 +53,7 @@ class DataConfig:
     flip: bool = setting(True, "mirror training images at random")
     crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0)
 
+    recipe: str | None = setting(None, "settings by name, or from a YAML file; flags win over it", environment=True)
     mixed_precision: str = setting(
         "auto", "auto takes what the device computes natively", choices=PRECISIONS, environment=True
     )
@@ -139,7 +140,7 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
     if value is None:
         if type(None) in options:
             return None
-        raise InputError(f"{name} is empty: give a {options[0].__name__}")  # type: ignore[union-attr]
+        raise InputError(f"{name} is empty: give a {options[0].__name__}")
     kind: Any = options[0]
     try:
         if kind is bool:
@@ -174,6 +175,11 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Files of the recipes that we ship, by name."""
+    return {file.stem: file for file in sorted(recipe_folder().glob("*.yaml"))}
+
+
 def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
     """Settings of a recipe for one kind of run.
 
@@ -189,7 +195,7 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
     """
     path = Path(name)
     if not path.is_file():
-        shipped = {file.stem: file for file in sorted(recipe_folder().glob("*.yaml"))}
+        shipped = shipped_recipes()
         if name not in shipped:
             raise InputError(f"recipe {name!r} is neither a file nor one of {', '.join(shipped)}")
         path = shipped[name]
@@ -212,7 +218,7 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
                 close = difflib.get_close_matches(str(key), names, 1)
                 hint = f"did you mean {close[0]}?" if close else f"see --help for the {len(names)} that exist"
                 raise InputError(f"recipe {name} has the unknown setting {key!r}: {hint}")
-    return {**content, **sections["search" if config_class is SearchConfig else "train"]}
+    return {"recipe": name, **content, **sections["search" if config_class is SearchConfig else "train"]}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,7 +231,6 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(config_class: type[DataConfig], description: str) -> argparse.ArgumentParser:
     """A parser with one flag for every setting; flags not given are absent from the result."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--recipe", help="settings by name or YAML file; flags win over it")
     parser.add_argument("--output", help="folder of this run; a new one under runs/ if not given")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     for item in dataclasses.fields(config_class):

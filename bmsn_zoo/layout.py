@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InputError
 
@@ -35,7 +36,7 @@ class Layout:
                 raise InputError(f"layout {self} has {entry}: every resolution needs at least 1 unit, such as 5-3-2")
 
     @classmethod
-    def parse(cls, value: "str | Sequence[int] | Layout") -> "Layout":
+    def parse(cls, value: "str | Sequence[Any] | Layout") -> "Layout":
         """Read a layout from text ("5-3-2", "5,3,2"), a tuple or a JSON list.
 
         Raises:
@@ -48,7 +49,7 @@ class Layout:
             if not _TEXT.fullmatch(text):
                 raise InputError(f"layout {value[:40]!r} is not a list of whole numbers: write it as 5-3-2")
             return cls(tuple(int(entry) for entry in re.split("[-,]", text)))
-        if isinstance(value, Sequence):
+        if isinstance(value, list | tuple):
             return cls(tuple(value))
         raise InputError(f"layout {value!r} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +207,6 @@ def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
                 if value.shape == parameters[index].shape:
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def pareto_front(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
-    front: list[dict[str, Any]] = []
-    for entry in sorted(entries, key=lambda e: (e["macs"], -e["accuracy"])):
-        if not front or entry["accuracy"] > front[-1]["accuracy"]:
-            front.append(entry)
-    return front
 
 
 def find_latest_search() -> Path:

@@ -153,6 +153,19 @@ def print_search(folder: Path, command: str) -> None:
     )
 
 
+def print_training(folder: Path) -> None:
+    """Print what a training reached and how to load it."""
+    metrics = read_json(folder / "metrics.json")
+    sys.stdout.write(
+        f"layout {metrics['layout']}: test accuracy {100 * metrics['test_accuracy']:.2f} % on "
+        f"{metrics['test_images']} images (n = 1, {metrics['epochs']} epochs), "
+        f"{metrics['macs'] / 1e6:.1f} M MACs, {metrics['parameters'] / 1e6:.2f} M parameters\n"
+        f"results and pictures: {folder}\n"
+        f'load it with timm:    timm.create_model("local-dir:{folder / "model"}", pretrained=True)  '
+        "# after import bmsn_zoo\n"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the pictures of finished runs again, and print the tables of searches."""
     for name in sys.argv[1:] if argv is None else argv:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from timm.optim import create_optimizer_v2
 
-from .config import DataConfig
+from .config import DataConfig, SearchConfig, TrainConfig
 from .errors import InputError
 
 _SUPPORTED = (
@@ -75,6 +76,20 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     if precision == "fp16" and state.device.type != "cuda":
         raise InputError(f"mixed-precision fp16 needs a GPU, this is {state.device.type}: use bf16 or no")
     return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+
+
+def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimizer of a config.
+
+    Raises:
+        InputError: if timm has none of this name.
+    """
+    try:
+        return create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, tqdm
 from safetensors.torch import load_file, save_file
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 
@@ -35,12 +34,12 @@ from .data import (
 )
 from .errors import InputError
 from .mixture import Mixture, count_correct
+from .ranking import build_result
 from .records import (
     SCHEMA_VERSION,
     RunFolder,
     load_training_state,
     new_output,
-    pareto_front,
     resolve_config,
     save_training_state,
     write_json,
@@ -115,7 +114,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     optimizers, schedulers, networks = {}, {}, {}
     for m in owned:
         supernet = mixture.supernets[m].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = _create_optimizer(supernet, config)
+        optimizer = runtime.create_optimizer(supernet, config)
         schedulers[m], _ = create_scheduler_v2(
             optimizer,
             sched="cosine",
@@ -174,7 +173,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
                 correct = supernet(score_images).argmax(1) == score_labels.to(device, non_blocking=True)
                 values = torch.stack([loss.detach(), correct.float().mean()])
                 if turns == 1:
-                    values = accelerator.reduce(values, "mean")  # type: ignore[assignment]
+                    values = accelerator.reduce(values, "mean")
 
             # the score of the step before: waiting for this one would leave the device idle
             arriving, pending = pending, _OnTheWay(draw, values)
@@ -192,7 +191,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
 
         totals = torch.tensor([sum(losses), sum(accuracies), len(losses), *draws], dtype=torch.float32, device=device)
         if turns > 1:
-            totals = accelerator.reduce(totals, "sum")  # type: ignore[assignment]
+            totals = accelerator.reduce(totals, "sum")
         loss_sum, accuracy_sum, count, *drawn = totals.tolist()
         row = {
             "epoch": epoch + 1,
@@ -212,7 +211,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             _log.info("epoch %d/%d: loss %.3f, score accuracy %.3f, %.0f s", epoch + 1, config.epochs, row["loss"],
                       row["score_accuracy"], row["seconds"])  # fmt: skip
 
-    accuracy = _evaluate_all(mixture, owned, score_split, data.mean, data.std, config, accelerator, shard)
+    evaluated = _evaluate_all(mixture, owned, score_split, data.mean, data.std, config, accelerator, shard)
     _gather_weights(mixture, folder, owned, accelerator)
     if accelerator.is_main_process:
         folder.touch()
@@ -225,9 +224,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             {"weight_rows": torch.from_numpy(weight_rows), "score_rows": torch.from_numpy(score_rows)},
             output / "split.safetensors",
         )
-        result = build_result(
-            space, accuracy, strategy.assignment(1.0), config.in_chans, source.image_size, config.mixture_size
-        )
+        result = build_result(space, evaluated, strategy.assignment(1.0), source.image_size, config.in_chans)
         result["scores"] = strategy.scores.tolist()
         described = {
             "id": config.dataset_id or config.dataset,
@@ -243,7 +240,12 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             "weight_images": len(weight_split),
             "score_images": len(score_split),
         }
-        head = {"schema_version": SCHEMA_VERSION, "settings": config.settings(), "seed": config.seed}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "recipe": config.recipe,
+            "settings": config.settings(),
+            "seed": config.seed,
+        }
         run = {
             "duration_seconds": folder.seconds,
             **{key: folder.segments[-1][key] for key in ("versions", "commit", "precision", "hardware")},
@@ -254,41 +256,6 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         folder.drop_checkpoints()
     accelerator.wait_for_everyone()
     return output
-
-
-def build_result(
-    space: SearchSpace, accuracy: Tensor, assignment: Tensor, in_chans: int, image_size: int, mixture_size: int
-) -> dict[str, Any]:
-    """What a search found: ranking, matrices, the best layouts and the Pareto front.
-
-    Args:
-        accuracy: score-split accuracy of every layout under every supernet, fractions, (L, M).
-        assignment: p(supernet given layout), (L, M).
-    """
-    best, supernet = accuracy.max(1)
-    entries = [
-        {
-            "layout": str(layout),
-            "accuracy": float(best[index]),
-            "macs": space.macs(layout, image_size, in_chans),
-            "supernet": int(supernet[index]),
-        }
-        for index, layout in enumerate(space)
-    ]
-    ranking = sorted(entries, key=lambda entry: (-entry["accuracy"], entry["macs"], entry["layout"]))
-    default = entries[space.index(space.default_layout)]
-    return {
-        "model": space.name,
-        "mixture_size": mixture_size,
-        "default": default,
-        "best": ranking[0],
-        "best_within_default_macs": next(entry for entry in ranking if entry["macs"] <= default["macs"]),
-        "pareto_front": pareto_front(entries),
-        "ranking": ranking,
-        "layouts": [str(layout) for layout in space],
-        "accuracy_matrix": accuracy.tolist(),
-        "assignment_matrix": assignment.tolist(),
-    }
 
 
 def _share_of_work(config: SearchConfig, rank: int, world: int) -> tuple[range, tuple[int, int]]:
@@ -303,15 +270,6 @@ def _share_of_work(config: SearchConfig, rank: int, world: int) -> tuple[range, 
     return range(config.mixture_size), (rank, world)
 
 
-def _create_optimizer(supernet: torch.nn.Module, config: SearchConfig) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(
-            supernet, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    except (AssertionError, ValueError) as error:
-        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
-
-
 def _of(draw: Draw, *of_supernet: dict[int, Any]) -> tuple[Any, ...]:
     return tuple(mapping[draw.supernet] for mapping in of_supernet)
 
@@ -323,7 +281,7 @@ def _cycled(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
 def _exchange_scores(strategy: BalancedMixture, owned: range, accelerator: Accelerator) -> None:
     """Give every process the score columns of all supernets, each from its owner."""
     columns = strategy.scores[:, owned.start : owned.stop].T.contiguous().to(accelerator.device)
-    strategy.scores.copy_(accelerator.gather(columns).T)  # type: ignore[union-attr]
+    strategy.scores.copy_(accelerator.gather(columns).T)
 
 
 def _evaluate_all(
@@ -349,7 +307,7 @@ def _evaluate_all(
             inputs = normalise(pixels.to(device, non_blocking=True), mean, std)
             for m in owned:
                 correct[:, m] += count_correct(mixture.supernets[m], space, inputs, labels.to(device))
-    return accelerator.reduce(correct, "sum").cpu().double() / len(images)  # type: ignore[union-attr]
+    return accelerator.reduce(correct, "sum").cpu().double() / len(images)
 
 
 def _checkpoint(
@@ -421,7 +379,7 @@ def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m
     def run() -> None:
         given = vars(parser.parse_args(argv))
         output, resume = given.pop("output", None), given.pop("resume", False)
-        recipe = given.pop("recipe", None)
+        recipe = given.get("recipe")
         if recipe is None and "dataset" not in given and not resume:
             recipe = "digits-resnet20"
         settings = {**(load_recipe(recipe, SearchConfig) if recipe else {}), **given}

@@ -275,7 +275,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({"bmsn_resnet20.untrained": _cfg()})
+default_cfgs = generate_default_cfgs({"bmsn_resnet20": _cfg()})
 
 
 def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout | None, **kwargs: Any) -> nn.Module:

@@ -1,0 +1,384 @@
+"""Training of one layout from scratch, to a folder that the Hub and timm take as it is."""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, tqdm
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from . import hub, report, runtime
+from .config import TrainConfig, build_parser, load_recipe, shipped_recipes
+from .data import (
+    AUGMENT,
+    MIX,
+    ORDER,
+    Augmentation,
+    DataSource,
+    ImageData,
+    ImageSet,
+    even_batches,
+    normalise,
+    random_stream,
+    shuffled_batches,
+    stratified_split,
+)
+from .errors import InputError
+from .layout import Layout
+from .models import PoolingResNet
+from .records import (
+    SCHEMA_VERSION,
+    RunFolder,
+    find_latest_search,
+    load_training_state,
+    new_output,
+    resolve_config,
+    save_training_state,
+    write_json,
+)
+from .search_space import SearchSpace
+
+_log = logging.getLogger(__name__)
+_EVAL_BATCH = 250
+_INHERITED = (
+    "dataset",
+    "dataset_id",
+    "dataset_config",
+    "dataset_revision",
+    "image_column",
+    "label_column",
+    "train_split",
+    "test_split",
+    "in_chans",
+    "model",
+    "flip",
+    "crop_padding",
+)
+
+
+def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
+    """Train one layout from scratch on all training images, then evaluate the test images once.
+
+    Args:
+        config: see `TrainConfig`; `layout` is what is trained.
+        output: folder of the run; a new one under runs/ if None.
+        resume: continue the run in `output` after its last whole epoch.
+
+    Returns:
+        the folder, which holds `model/`, `metrics.json`, the metrics of every epoch and pictures.
+
+    Raises:
+        InputError: for a setting that cannot be used; nothing is written then.
+    """
+    space = SearchSpace(config.model, config.layout)
+    layout = space.default_layout
+    accelerator = runtime.start(config, RunFolder(output).last_precision if output and resume else None)
+    device, shard = accelerator.device, (accelerator.process_index, accelerator.num_processes)
+    share, rest = divmod(config.batch_size, shard[1])
+    if rest or share < 2 or (share % 2 and (config.mixup or config.cutmix)):
+        raise InputError(f"batch-size {config.batch_size} cannot be shared by {shard[1]} processes: use a multiple")
+
+    source = DataSource(config, torch.get_num_threads())
+    layout.check(space.backbone.num_units, source.image_size)
+    with PartialState().local_main_process_first():
+        data = source.train()
+    training, holdout = data.images, None
+    if config.holdout:
+        kept, held = stratified_split(
+            training.labels.numpy(), config.holdout, config.seed, "a held-out part and the training images"
+        )
+        training, holdout = data.images.select(kept), data.images.select(held)
+    if config.batch_size > len(training):
+        raise InputError(f"batch-size {config.batch_size} is more than the {len(training)} images: use less")
+    steps = len(training) // config.batch_size
+
+    torch.manual_seed(config.seed)
+    model = create_network(config, layout, data).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    optimizer = runtime.create_optimizer(model, config)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        min_lr=config.min_lr,
+        warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+        decay_rate=1.0,  # the power of the polynomial schedule, so a straight line
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    network = accelerator.prepare_model(model)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    augment = Augmentation(config.crop_padding, config.flip and not config.alternate_flip)
+    first_mirrored = random_stream(config.seed, AUGMENT).integers(0, 2, len(training))
+    mix = None
+    if config.mixup or config.cutmix:
+        mix = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(data.label_names)
+        )
+    criterion = SoftTargetCrossEntropy() if mix else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    output = Path(broadcast_object_list([str(output or new_output("train"))])[0])
+    folder = RunFolder(output)
+    start_epoch = _restore(folder, model, optimizer, ema, accelerator) if resume else 0
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for note in folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch}):
+            _log.warning(note)
+        folder.keep_epochs(start_epoch)
+
+    for epoch in range(start_epoch, config.epochs):
+        started = time.monotonic()
+        torch.manual_seed(config.seed + epoch * shard[1] + shard[0])  # dropout, the only user of the global stream
+        order = shuffled_batches(len(training), config.batch_size, random_stream(config.seed, ORDER, epoch), shard)
+        bar = tqdm(training.batches(order), total=steps, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False)
+        sums = torch.zeros(2, device=device)
+        model.train()
+        for index, (images, labels) in enumerate(bar):
+            step = epoch * steps + index
+            scheduler.step_update(step)
+            mirrored = torch.from_numpy((first_mirrored[order[index]] + epoch) % 2) if config.alternate_flip else None
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = augment(images, random_stream(config.seed, AUGMENT, step), shard, mirrored)
+            inputs, targets = normalise(images, data.mean, data.std), labels
+            if mix is not None:
+                # timm draws from numpy's global stream
+                np.random.seed(random_stream(config.seed, MIX, step, shard[0]).integers(2**32))
+                inputs, targets = mix(inputs, labels)
+            logits = network(inputs)
+            loss = criterion(logits, targets)
+            accelerator.backward(loss)
+            prepared.step()
+            prepared.zero_grad()
+            if ema is not None:
+                ema.update(model, step)
+            with torch.no_grad():
+                sums += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+            if index % 20 == 19:
+                bar.set_postfix_str(f"loss {float(sums[0]) / (index + 1):.3f}")
+
+        sums = accelerator.reduce(sums / steps, "mean")
+        final = ema.module if ema is not None else model
+        held_accuracy = None
+        if holdout is not None:
+            with accelerator.autocast():
+                held_accuracy = evaluate(final, holdout, data, accelerator)["accuracy"]
+        _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)
+        if accelerator.is_main_process:
+            row = {
+                "epoch": epoch + 1,
+                "loss": float(sums[0]),
+                "train_accuracy": float(sums[1]),
+                "holdout_accuracy": held_accuracy,
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.monotonic() - started, 2),
+            }
+            folder.log(row)
+            folder.touch()
+            held_text = "" if held_accuracy is None else f", held-out accuracy {held_accuracy:.4f}"
+            _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
+                      row["seconds"])  # fmt: skip
+
+    final = create_network(config, layout, data).to(device)
+    final.load_state_dict((ema.module if ema is not None else model).state_dict())
+    with PartialState().local_main_process_first():
+        test = source.test()
+    measured = evaluate(final, test.images, data, accelerator)
+    if accelerator.is_main_process:
+        folder.touch()
+        metrics = {
+            "schema_version": SCHEMA_VERSION,
+            "model": config.model,
+            "layout": str(layout),
+            "test_accuracy": measured["accuracy"],
+            "test_loss": measured["loss"],
+            "test_images": len(test.images),
+            "test_precision": "fp32",
+            "macs": space.macs(layout, source.image_size, config.in_chans),
+            "parameters": sum(p.numel() for p in final.parameters()),
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "runs": 1,
+            "train_images": len(training),
+            "dataset": {
+                "id": config.dataset_id or config.dataset,
+                "revision": config.dataset_revision,
+                "fingerprint": data.fingerprint,
+                "test_fingerprint": test.fingerprint,
+                "test_split": source.test_split,
+                "image_column": source.image_column,
+                "label_column": source.label_column,
+            },
+            "settings": config.settings(),
+            "duration_seconds": folder.seconds,
+            "segments": folder.segments,
+        }
+        write_json(output / "metrics.json", metrics)
+        _publishable(output, final, data, config)
+        report.draw_training(output)
+        folder.drop_checkpoints()
+    accelerator.wait_for_everyone()
+    return output
+
+
+def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
+    """An untrained network for a data set, its timm configuration included."""
+    side = data.image_size >> (layout.num_scales - 1)
+    return timm.create_model(  # type: ignore[return-value]
+        config.model,
+        layout=str(layout),
+        num_classes=len(data.label_names),
+        in_chans=config.in_chans,
+        drop_rate=config.drop_rate,
+        pretrained_cfg_overlay={
+            "num_classes": len(data.label_names),
+            "input_size": (config.in_chans, data.image_size, data.image_size),
+            "pool_size": (side, side),
+            "mean": data.mean,
+            "std": data.std,
+        },
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: ImageSet, data: ImageData, accelerator: Accelerator) -> dict[str, float]:
+    """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
+
+    Args:
+        model: on the accelerator's device; left in evaluation mode.
+        images: the split; every process takes some of its batches.
+        data: whose mean and deviation normalise the images.
+    """
+    model.eval()
+    order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
+    order = order[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
+    for pixels, labels in images.batches(order):
+        logits = model(normalise(pixels.to(accelerator.device), data.mean, data.std)).float()
+        labels = labels.to(accelerator.device)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
+    correct, loss = accelerator.reduce(sums, "sum").tolist()
+    return {"accuracy": correct / len(images), "loss": loss / len(images)}
+
+
+def _publishable(output: Path, final: PoolingResNet, data: ImageData, config: TrainConfig) -> None:
+    """Write the model folder, read it back, and compare."""
+    final = final.cpu().eval()
+    search = Path(config.from_search) / "search.json" if config.from_search else None
+    hub.save_model(output / "model", final, data.label_names, output / "metrics.json", search)
+    reloaded = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
+    pixels, _ = next(data.images.batches([np.arange(min(8, len(data.images)))]))
+    inputs = normalise(pixels, data.mean, data.std)
+    with torch.no_grad():
+        if not torch.equal(reloaded(inputs), final(inputs)):
+            shutil.rmtree(output / "model")
+            raise RuntimeError("the saved model gives other logits than the trained one; it was removed")
+
+
+def _checkpoint(
+    folder: RunFolder,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+    accelerator: Accelerator,
+) -> None:
+    if accelerator.is_main_process:
+        path = folder.new_checkpoint(epoch)
+        save_training_state(path / "model.safetensors", model, optimizer)
+        if ema is not None:
+            save_training_state(path / "ema.safetensors", ema.module)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        folder.complete_checkpoint(path, {"epoch": epoch, "scaler": scaler})
+    accelerator.wait_for_everyone()
+
+
+def _restore(
+    folder: RunFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+    accelerator: Accelerator,
+) -> int:
+    """Load the last checkpoint, if there is one; returns the epochs it has seen."""
+    if (folder.path / "metrics.json").exists():
+        raise InputError(f"output {folder.path} holds a finished training: nothing is left to resume")
+    checkpoints = folder.checkpoints()
+    if not checkpoints:
+        return 0
+    state = json.loads((checkpoints[-1] / "complete.json").read_text())
+    load_training_state(checkpoints[-1] / "model.safetensors", model, optimizer)
+    if ema is not None:
+        load_training_state(checkpoints[-1] / "ema.safetensors", ema.module)
+    if state["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["epoch"]
+
+
+def settings_from_search(name: str, pick: str) -> dict[str, Any]:
+    """Training settings that a finished search implies: its data, and the layout picked from its ranking.
+
+    Args:
+        name: run folder of the search.
+        pick: "best", "best_within_default_macs", or a layout that the search ranked.
+    """
+    result = hub.load_search(name)
+    if pick in ("best", "best_within_default_macs"):
+        layout = result[pick]["layout"]
+    else:
+        layout = str(Layout.parse(pick))
+        if layout not in result["layouts"]:
+            raise InputError(f"pick {layout} is none of the {len(result['layouts'])} layouts of this search")
+    inherited = {key: result["settings"][key] for key in _INHERITED}
+    return {**inherited, "image_size": result["dataset"]["image_size"], "layout": layout}
+
+
+def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Settings of a run: those of the search, overridden by the recipe, overridden by flags."""
+    recipe = given.get("recipe")
+    explicit = {**(load_recipe(recipe, TrainConfig) if recipe else {}), **given}
+    if resume:
+        return explicit
+    if not explicit.get("from_search") and not explicit.get("layout"):
+        explicit["from_search"] = str(find_latest_search())
+    if not explicit.get("from_search"):
+        return explicit
+    if explicit.get("layout"):
+        raise InputError("layout and from-search are both given: use --pick to choose a layout of the search")
+    found = settings_from_search(explicit["from_search"], explicit.get("pick", "best"))
+    used = hub.load_search(explicit["from_search"]).get("recipe")
+    base = load_recipe(used, TrainConfig) if used in shipped_recipes() and not recipe else {}
+    return {**base, **found, **explicit}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = build_parser(TrainConfig, "Train one pooling layout from scratch.")
+
+    def run() -> None:
+        given = vars(parser.parse_args(argv))
+        output, resume = given.pop("output", None), given.pop("resume", False)
+        path = Path(output) if output else None
+        config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
+        folder = train(config, path, resume)
+        if PartialState().is_main_process:
+            report.print_training(folder)
+
+    return runtime.run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

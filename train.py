@@ -1,0 +1,8 @@
+"""Train one pooling layout from scratch: accelerate launch train.py --help"""
+
+import sys
+
+from bmsn_zoo.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
