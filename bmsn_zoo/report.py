@@ -1,6 +1,7 @@
 """Tables and pictures of a run, made from its folder alone: python -m bmsn_zoo.report RUN_FOLDER"""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,7 +150,7 @@ def print_search(folder: Path, command: str) -> None:
         f"{len(result['layouts'])} layouts, ranked by score-split accuracy (n = 1 search):\n"
         f"{search_table(result)}\n"
         f"results and pictures: {folder}\n"
-        f"retrain the winner:   {command}train{script} --from-search {folder}\n"
+        f"retrain the winner:   {command}train{script} --from-search {shlex.quote(str(folder))}\n"
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from timm.optim import create_optimizer_v2
 
 from .config import DataConfig, SearchConfig, TrainConfig
@@ -59,7 +60,7 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, usable_cores() // local_processes))
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and state.num_processes == 1:
         raise InputError(
@@ -75,6 +76,8 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
         precision = asked or native_precision(state.device)
     if precision == "fp16" and state.device.type != "cuda":
         raise InputError(f"mixed-precision fp16 needs a GPU, this is {state.device.type}: use bf16 or no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
 
 

@@ -1,0 +1,372 @@
+"""The commands as users run them: search, retrain, resume, several processes, and every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import bmsn_zoo
+from bmsn_zoo import search as search_module
+from bmsn_zoo import train as train_module
+from bmsn_zoo.assignment import usage
+from bmsn_zoo.data import normalise, to_pixels
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--batch-size", "16", "--mixture-size", "2", "--epochs", "2", "--mixed-precision", "no", "--threads", "2"]
+pytestmark = pytest.mark.timeout(240)
+
+
+def run(script, *arguments, launcher=(sys.executable,), cwd=None, **environment):
+    """Run one of our scripts as a process of its own; returns it with its output as text."""
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        timeout=200,
+    )
+
+
+def torchrun(count):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+
+
+def search(folder, output, *arguments):
+    assert search_module.main(["--dataset", str(folder), *QUICK, "--output", str(output), *map(str, arguments)]) == 0
+    return json.loads((Path(output) / "search.json").read_text())
+
+
+def found(result):
+    return result["ranking"], result["accuracy_matrix"], result["assignment_matrix"], result["scores"]
+
+
+@pytest.fixture(scope="session")
+def searched(image_folder, tmp_path_factory):
+    """A finished search of two epochs."""
+    output = tmp_path_factory.mktemp("search") / "run"
+    return output, search(image_folder, output)
+
+
+def test_search_ranks_every_layout_and_keeps_its_evidence(searched):
+    output, result = searched
+    assert len(result["layouts"]) == len(result["ranking"]) == 36
+    matrix = torch.tensor(result["accuracy_matrix"])
+    assert matrix.shape == (36, 2)
+    assert bool(((matrix >= 0) & (matrix <= 1)).all())
+    for entry in result["ranking"]:
+        row = matrix[result["layouts"].index(entry["layout"])]
+        assert entry["accuracy"] == pytest.approx(float(row.max()))
+        assert float(row[entry["supernet"]]) == pytest.approx(entry["accuracy"])
+    accuracies = [entry["accuracy"] for entry in result["ranking"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert result["best"] == result["ranking"][0]
+    assert result["best_within_default_macs"]["macs"] <= result["default"]["macs"]
+    assert result["default"]["layout"] == "4-3-3"
+    shares = usage(torch.tensor(result["assignment_matrix"], dtype=torch.float64))
+    assert torch.allclose(shares * 2, torch.ones(2, dtype=torch.float64), atol=0.01)
+    assert result["dataset"]["weight_images"] + result["dataset"]["score_images"] == 64
+    assert {"processes", "threads", "precision", "hardware", "versions", "commit"} <= set(result["segments"][0])
+    for picture in ("assignment", "accuracy_macs", "curves"):
+        assert (output / "pictures" / f"{picture}.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all(sum(row["draws"]) == 2 for row in rows)
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_supernet_weights_reproduce_the_matrix(searched, image_dataset):
+    output, result = searched
+    space = bmsn_zoo.SearchSpace("bmsn_resnet20")
+    mixture = search_module.Mixture(space, 2, 4, 3, seed=5)
+    mixture.load_state_dict(load_file(output / "supernets.safetensors"))
+    rows = load_file(output / "split.safetensors")["score_rows"]
+    score = image_dataset["train"].select(rows.tolist())
+    pixels = torch.stack([torch.from_numpy(to_pixels(image, 16, 3).copy()) for image in score["image"]])
+    labels = torch.tensor(score["label"])
+    data = result["dataset"]
+    for m, supernet in enumerate(mixture.supernets):
+        correct = search_module.count_correct(supernet, space, normalise(pixels, data["mean"], data["std"]), labels)
+        # one batch holds the whole split, so its order does not matter but for rounding
+        expected = torch.tensor(result["accuracy_matrix"])[:, m]
+        assert (correct / len(labels) - expected).abs().max() <= 1.01 / len(labels)
+
+
+def test_equal_seeds_agree_bit_for_bit_and_others_differ(searched, image_folder, tmp_path):
+    again = search(image_folder, tmp_path / "again")
+    other = search(image_folder, tmp_path / "other", "--seed", 1)
+    assert found(again) == found(searched[1])
+    assert found(other) != found(searched[1])
+
+
+@pytest.mark.parametrize("script", ["search.py", "train.py"])
+def test_killed_and_resumed_equals_uninterrupted(script, searched, image_folder, tmp_path):
+    settings = ["--dataset", image_folder, "--epochs", 6, "--batch-size", 16, "--mixed-precision", "no"]
+    settings += ["--threads", 2] + (["--mixture-size", 2] if script == "search.py" else ["--layout", "5-3-2"])
+    settings += ["--ema-decay", 0.9, "--mixup", 0.2, "--alternate-flip"] if script == "train.py" else []
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(script, *settings, "--output", whole).returncode == 0
+
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, settings), "--output", str(broken)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(broken.glob("checkpoint-[23456]/complete.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = "search.json" if script == "search.py" else "metrics.json"
+    assert not (broken / result).exists(), "the run ended before it was killed"
+    resumed = run(script, "--output", broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+    expected, actual = (json.loads((folder / result).read_text()) for folder in (whole, broken))
+    assert len(actual["segments"]) == 2
+    if script == "search.py":
+        assert found(actual) == found(expected)
+        weights = "supernets.safetensors"
+    else:
+        assert actual["test_loss"] == expected["test_loss"]
+        weights = "model/model.safetensors"
+    expected, actual = (load_file(folder / weights) for folder in (whole, broken))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    epochs = [json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("parallel", ["data", "mixture"])
+def test_two_processes_search_together(parallel, image_folder, tmp_path):
+    output = tmp_path / "run"
+    settings = ["--dataset", image_folder, *QUICK, "--threads", 1, "--parallel", parallel, "--output", output]
+    done = run("search.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((output / "search.json").read_text())
+    assert result["segments"][0]["processes"] == 2
+    assert len(result["ranking"]) == 36
+    scores = torch.tensor(result["scores"])
+    assert sorted(set((scores != 1).sum(0).tolist())) != [0], "no score was ever updated"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(sum(row["draws"]) == 2 for row in rows)
+    if parallel == "mixture":
+        assert all(row["draws"] == [1, 1] for row in rows), "every process trains a supernet of its own"
+        return
+    # shards of a batch normalise on their own, but draws and batches are those of one process
+    single = search(image_folder, tmp_path / "single")
+    singles = [json.loads(line) for line in (tmp_path / "single" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["draws"] == singles[0]["draws"]
+    assert result["dataset"]["fingerprint"] == single["dataset"]["fingerprint"]
+
+
+def test_two_processes_train_together(image_folder, tmp_path):
+    output = tmp_path / "run"
+    settings = ["--dataset", image_folder, "--layout", "5-3-2", "--epochs", 2, "--batch-size", 16, "--output", output]
+    done = run("train.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((output / "metrics.json").read_text())["segments"][0]["processes"] == 2
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(image_folder, tmp_path):
+    settings = ["--dataset", image_folder, *QUICK, "--output", tmp_path / "run"]
+    done = run("search.py", *settings, WORLD_SIZE="2", RANK="0", LOCAL_RANK="-1")
+    assert done.returncode == 2
+    assert "ACCELERATE_USE_CPU=true torchrun" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
+    """accelerate's launcher exports OMP_NUM_THREADS=1 unasked."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch")
+    settings = ["--dataset", image_folder, *QUICK[:-2], "--epochs", 1, "--output", "run"]
+    done = run("search.py", *settings, launcher=launcher, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    segment = json.loads((tmp_path / "run" / "search.json").read_text())["segments"][0]
+    assert segment["threads"] == len(os.sched_getaffinity(0))
+    assert "retrain the winner:   accelerate launch train.py --from-search run" in done.stdout
+
+
+def test_train_takes_the_searchs_winner_and_timm_loads_it(searched, image_dataset, tmp_path):
+    output, result = searched
+    common = ["--from-search", str(output), "--epochs", "1", "--batch-size", "16", "--mixed-precision", "no"]
+    assert train_module.main([*common, "--output", str(tmp_path / "best")]) == 0
+    metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
+    assert metrics["layout"] == result["best"]["layout"]
+    assert metrics["test_images"] == 32
+    assert metrics["macs"] == result["best"]["macs"]
+    model_folder = tmp_path / "best" / "model"
+    names = {file.name for file in model_folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "metrics.json", "search.json"} <= names
+
+    model = timm.create_model(f"local-dir:{model_folder}", pretrained=True).eval()
+    assert model.layout == metrics["layout"]
+    data = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**data)
+    test = image_dataset["test"]
+    inputs = torch.stack([transform(image) for image in test["image"]])
+    with torch.no_grad():
+        accuracy = float((model(inputs).argmax(1) == torch.tensor(test["label"])).float().mean())
+    assert accuracy == pytest.approx(metrics["test_accuracy"]), "timm's own transform gives the measured accuracy"
+
+    code = (
+        "import sys, timm, torch, bmsn_zoo; from safetensors.torch import load_file, save_file;"
+        "m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
+        "save_file({'y': m(load_file(sys.argv[2])['x']).detach()}, sys.argv[3])"
+    )
+    from safetensors.torch import save_file
+
+    save_file({"x": inputs}, tmp_path / "x.safetensors")
+    arguments = [str(model_folder), str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    with torch.no_grad():
+        torch.testing.assert_close(load_file(tmp_path / "y.safetensors")["y"], model(inputs), rtol=1e-5, atol=1e-5)
+
+    picked = ["--pick", "2-2-6", "--output", str(tmp_path / "picked")]
+    assert train_module.main([*common, *picked]) == 0
+    assert json.loads((tmp_path / "picked" / "metrics.json").read_text())["layout"] == "2-2-6"
+
+
+def test_train_learns_with_every_switch_on(image_folder, tmp_path):
+    arguments = ["--dataset", str(image_folder), "--layout", "2-2-6", "--epochs", "8", "--batch-size", "16"]
+    arguments += ["--lr", "0.05", "--no-flip", "--crop-padding", "1", "--holdout", "0.25", "--label-smoothing", "0.1"]
+    arguments += ["--mixup", "0.1", "--cutmix", "0.1", "--ema-decay", "0.9", "--drop-rate", "0.1"]
+    arguments += ["--mixed-precision", "no", "--opt", "adamw", "--output", str(tmp_path / "run")]
+    assert train_module.main(arguments) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(0 <= row["holdout_accuracy"] <= 1 for row in rows)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_images"] == 48
+
+
+def test_search_never_opens_the_test_images(image_dataset, tmp_path):
+    """The test images are unreadable: search does not notice, train does."""
+    import datasets
+
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"no image", "path": None}] * 8, "label": [0, 1, 2, 3] * 2},
+        features=image_dataset["test"].features,
+    )
+    datasets.DatasetDict(train=image_dataset["train"], test=broken).save_to_disk(tmp_path / "data")
+    search(tmp_path / "data", tmp_path / "run")
+    arguments = ["--from-search", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "16"]
+    arguments += ["--mixed-precision", "no"]
+    assert train_module.main([*arguments, "--output", str(tmp_path / "train")]) == 2
+
+
+def test_resume_refuses_other_settings_but_takes_another_environment(image_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    settings = ["--dataset", str(image_folder), *QUICK, "--output", str(output)]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "_evaluate_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            search_module.main(settings)
+    assert search_module.main([*settings, "--resume", "--lr", "0.2"]) == 2
+    assert "lr 0.1 (now 0.2)" in capsys.readouterr().err
+    assert search_module.main(["--output", str(output), "--resume", "--threads", "1"]) == 0
+    segments = json.loads((output / "search.json").read_text())["segments"]
+    assert [segment["threads"] for segment in segments] == [2, 1]
+    assert segments[1]["precision"] == segments[0]["precision"] == "fp32"
+    torch.set_num_threads(2)
+    assert search_module.main(["--output", str(output), "--resume"]) == 2
+    assert "finished" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def bad_datasets(image_dataset, tmp_path_factory):
+    import datasets
+
+    folder = tmp_path_factory.mktemp("bad")
+    train = image_dataset["train"]
+    datasets.DatasetDict(train=train.select([])).save_to_disk(folder / "empty")
+    datasets.DatasetDict(train=train.select(range(0, 64, 4))).save_to_disk(folder / "oneclass")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+MISTAKES = {
+    "layout sum": (["--default-layout", "5-3-3"], "5-3-3 sums to 11"),
+    "layout zero": (["--default-layout", "5-0-5"], "every resolution needs at least 1 unit"),
+    "layout scales": (["--default-layout", "1-1-1-1-1-5", "--image-size", "16"], "too many for 16-pixel images"),
+    "model": (["--model", "resnet18"], "'resnet18'"),
+    "data set": (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
+    "hub data set": (["--dataset", "nobody/nothing"], "'nobody/nothing' cannot be loaded"),
+    "image column": (["--image-column", "picture"], "no column 'picture'"),
+    "label column": (["--label-column", "class"], "no column 'class'"),
+    "recipe": (["--recipe", "nothing"], "recipe 'nothing'"),
+    "mixture size": (["--mixture-size", "0"], "mixture-size 0 is too small"),
+    "epochs": (["--epochs", "2.5"], "epochs 2.5 is not a whole number"),
+    "learning rate": (["--lr", "nan"], "lr nan"),
+    "batch": (["--batch-size", "4096"], "batch-size 4096"),
+    "optimizer": (["--opt", "nothing"], "opt 'nothing'"),
+    "flag": (["--mixturesize", "4"], "--mixturesize"),
+    "precision": (["--mixed-precision", "fp8"], "mixed-precision 'fp8' is unknown"),
+    "resume nothing": (["--resume"], "to resume"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_write_nothing(mistake, image_folder, tmp_path, capfd):
+    arguments, expected = MISTAKES[mistake]
+    output = tmp_path / "run"
+    base = ["--dataset", str(image_folder), *QUICK, "--output", str(output)]
+    assert search_module.main([*base, *arguments]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("empty", "has no images"), ("oneclass", "one class"), ("nothing", "empty folder")]
+)
+def test_data_sets_that_cannot_be_learned(name, expected, bad_datasets, tmp_path, capfd):
+    output = tmp_path / "run"
+    assert search_module.main(["--dataset", str(bad_datasets / name), *QUICK, "--output", str(output)]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert not output.exists()
+
+
+def test_recipe_with_unknown_key_and_as_a_process(image_folder, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"dataset: {image_folder}\nsearch:\n  epoch: 3\n")
+    done = run("search.py", "--recipe", recipe, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"error: recipe {recipe} has the unknown setting 'epoch': did you mean epochs?"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_holds_a_run_is_left_alone(searched, image_folder, capfd):
+    output, _ = searched
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    assert search_module.main(["--dataset", str(image_folder), *QUICK, "--output", str(output)]) == 2
+    assert "already holds" in capfd.readouterr().err
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_import_is_light_and_offline():
+    """No network, none of the heavy packages that only the commands need."""
+    code = (
+        "import socket, sys, timm; known = set(sys.modules);"
+        "socket.socket.connect = lambda *a: sys.exit('network');"
+        "import bmsn_zoo; new = {m.split('.')[0] for m in set(sys.modules) - known};"
+        "bad = new & {'datasets', 'accelerate', 'matplotlib', 'sklearn', 'pandas', 'scipy'};"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0
