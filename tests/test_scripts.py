@@ -289,7 +289,8 @@ def bad_datasets(image_dataset, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bad")
     train = image_dataset["train"]
-    datasets.DatasetDict(train=train.select([])).save_to_disk(folder / "empty")
+    (folder / "empty").mkdir()
+    train.select([]).to_parquet(folder / "empty" / "train.parquet")
     datasets.DatasetDict(train=train.select(range(0, 64, 4))).save_to_disk(folder / "oneclass")
     (folder / "nothing").mkdir()
     return folder
