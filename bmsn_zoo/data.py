@@ -268,6 +268,8 @@ def _load_splits(config: DataConfig) -> datasets.DatasetDict:
             )
     except Exception as error:  # whatever a loader of any format raises is about the user's data set
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, IndexError) or "corresponds to no data" in reason:
+            reason = "it is empty"
         raise InputError(f"dataset {name!r} cannot be loaded: {reason}") from None
     finally:
         hub_logging.set_verbosity(verbosity)

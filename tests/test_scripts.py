@@ -330,7 +330,7 @@ def test_mistakes_are_one_line_and_write_nothing(mistake, image_folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("empty", "has no images"), ("oneclass", "one class"), ("nothing", "empty folder")]
+    ("name", "expected"), [("empty", "is empty"), ("oneclass", "one class"), ("nothing", "empty folder")]
 )
 def test_data_sets_that_cannot_be_learned(name, expected, bad_datasets, tmp_path, capfd):
     output = tmp_path / "run"
