@@ -206,6 +206,21 @@ class DataSource:
         """The test images; search never calls this."""
         return self._load(self.test_source)
 
+    def describe(self, data: ImageData) -> dict[str, Any]:
+        """The data set as result files name it: id, fingerprint, columns, image format and statistics."""
+        return {
+            "id": self.config.dataset_id or self.config.dataset,
+            "revision": self.config.dataset_revision,
+            "fingerprint": data.fingerprint,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "image_size": self.image_size,
+            "in_chans": self.config.in_chans,
+            "label_names": data.label_names,
+            "mean": data.mean,
+            "std": data.std,
+        }
+
     def _labels(self, source: datasets.Dataset) -> np.ndarray:
         """Class index of every row, int64."""
         values = source.with_format("numpy")[self.label_column][:]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -131,6 +132,11 @@ class RunFolder:
         """Duration of all segments, as far as they were recorded."""
         return round(sum(segment["seconds"] for segment in self.segments), 1)
 
+    def summary(self) -> dict[str, Any]:
+        """What every result file says of its run: duration, hardware, versions, and all segments."""
+        last = {key: self.segments[-1][key] for key in ("versions", "commit", "precision", "hardware")}
+        return {"duration_seconds": self.seconds, **last, "segments": self.segments}
+
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -145,28 +151,48 @@ class RunFolder:
         """Drop the metrics of epochs that will run again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["epoch"] <= count]
-            write_text(path, "".join(line + "\n" for line in kept))
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_text(path, "".join(line for line in whole if json.loads(line)["epoch"] <= count))
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         found = self.path.glob("checkpoint-*/complete.json")
         return sorted((file.parent for file in found), key=lambda folder: int(folder.name.split("-")[1]))
 
+    def checkpoint(self, epoch: int) -> Path:
+        """Folder of the checkpoint after some epochs."""
+        return self.path / f"checkpoint-{epoch}"
+
     def new_checkpoint(self, epoch: int) -> Path:
         """An empty folder for the checkpoint after some epochs; `complete_checkpoint` makes it count."""
-        folder = self.path / f"checkpoint-{epoch}"
+        folder = self.checkpoint(epoch)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
-    def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        """Mark a checkpoint whole, with the state that is not tensors, and drop the older ones."""
-        older = [other for other in self.checkpoints() if other != folder]
-        write_json(folder / "complete.json", state)
+    def complete_checkpoint(self, epoch: int, accelerator: Accelerator) -> None:
+        """Mark a checkpoint whole, with the gradient scaler's state, and drop the older ones."""
+        older = [other for other in self.checkpoints() if other != self.checkpoint(epoch)]
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        write_json(self.checkpoint(epoch) / "complete.json", {"epoch": epoch, "scaler": scaler})
         for other in older:
             shutil.rmtree(other)
+
+    def resume_epoch(self, result: str, accelerator: Accelerator) -> int:
+        """Epochs that the last whole checkpoint has seen, 0 if there is none; restores the gradient scaler.
+
+        Raises:
+            InputError: if the run has its result already.
+        """
+        if (self.path / result).exists():
+            raise InputError(f"output {self.path} holds a finished run: nothing is left to resume")
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return 0
+        state = read_json(checkpoints[-1] / "complete.json")
+        if state["scaler"] is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        return state["epoch"]
 
     def drop_checkpoints(self) -> None:
         """Remove all checkpoints, when the run is done."""

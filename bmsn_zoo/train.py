@@ -1,6 +1,5 @@
 """Training of one layout from scratch, to a folder that the Hub and timm take as it is."""
 
-import json
 import logging
 import shutil
 import sys
@@ -213,17 +212,12 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
             "runs": 1,
             "train_images": len(training),
             "dataset": {
-                "id": config.dataset_id or config.dataset,
-                "revision": config.dataset_revision,
-                "fingerprint": data.fingerprint,
-                "test_fingerprint": test.fingerprint,
+                **source.describe(data),
                 "test_split": source.test_split,
-                "image_column": source.image_column,
-                "label_column": source.label_column,
+                "test_fingerprint": test.fingerprint,
             },
             "settings": config.settings(),
-            "duration_seconds": folder.seconds,
-            "segments": folder.segments,
+            **folder.summary(),
         }
         write_json(output / "metrics.json", metrics)
         _publishable(output, final, data, config)
@@ -301,8 +295,7 @@ def _checkpoint(
         save_training_state(path / "model.safetensors", model, optimizer)
         if ema is not None:
             save_training_state(path / "ema.safetensors", ema.module)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        folder.complete_checkpoint(path, {"epoch": epoch, "scaler": scaler})
+        folder.complete_checkpoint(epoch, accelerator)
     accelerator.wait_for_everyone()
 
 
@@ -314,18 +307,13 @@ def _restore(
     accelerator: Accelerator,
 ) -> int:
     """Load the last checkpoint, if there is one; returns the epochs it has seen."""
-    if (folder.path / "metrics.json").exists():
-        raise InputError(f"output {folder.path} holds a finished training: nothing is left to resume")
-    checkpoints = folder.checkpoints()
-    if not checkpoints:
-        return 0
-    state = json.loads((checkpoints[-1] / "complete.json").read_text())
-    load_training_state(checkpoints[-1] / "model.safetensors", model, optimizer)
-    if ema is not None:
-        load_training_state(checkpoints[-1] / "ema.safetensors", ema.module)
-    if state["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["epoch"]
+    epoch = folder.resume_epoch("metrics.json", accelerator)
+    if epoch:
+        path = folder.checkpoint(epoch)
+        load_training_state(path / "model.safetensors", model, optimizer)
+        if ema is not None:
+            load_training_state(path / "ema.safetensors", ema.module)
+    return epoch
 
 
 def settings_from_search(name: str, pick: str) -> dict[str, Any]:
