@@ -6,19 +6,20 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env, tqdm
 from timm.optim import create_optimizer_v2
 
 from .config import DataConfig, SearchConfig, TrainConfig
 from .errors import InputError
 
+T = TypeVar("T")
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -93,6 +94,11 @@ def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig)
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def progress_bar(items: Iterable[T], total: int, title: str) -> Any:
+    """A progress bar over items, on the terminal of the first process only; logs stay free of it."""
+    return tqdm(items, total=total, desc=title, leave=False, disable=not sys.stderr.isatty())
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

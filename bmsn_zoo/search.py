@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -168,7 +168,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             len(score_split), config.batch_size, random_stream(config.seed, SCORE_ORDER, epoch), share.shard
         )[turn]
         batches = zip(range(steps)[turn], weight_split.batches(order), score_split.batches(score_order), strict=True)
-        bar = tqdm(batches, total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False)
+        bar = runtime.progress_bar(batches, len(order), f"epoch {epoch + 1}/{config.epochs}")
         losses, accuracies, draws = [], [], [0] * config.mixture_size
         on_the_way: deque[_OnTheWay] = deque()
 
@@ -311,7 +311,7 @@ def _evaluate_all(
     correct = torch.zeros(len(space), len(mixture), dtype=torch.int64, device=device)
     order = even_batches(len(images), batch_size, random_stream(seed, SCORE_ORDER))[share.shard[0] :: share.shard[1]]
     with accelerator.autocast():
-        for pixels, labels in tqdm(images.batches(order), total=len(order), desc="evaluating all layouts", leave=False):
+        for pixels, labels in runtime.progress_bar(images.batches(order), len(order), "evaluating all layouts"):
             inputs = normalise(pixels.to(device, non_blocking=True), data.mean, data.std)
             for m in share.owned:
                 correct[:, m] += count_correct(mixture.supernets[m], space, inputs, labels.to(device))

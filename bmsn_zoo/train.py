@@ -12,7 +12,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
@@ -142,7 +142,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         started = time.monotonic()
         torch.manual_seed(config.seed + epoch * shard[1] + shard[0])  # dropout, the only user of the global stream
         order = shuffled_batches(len(training), config.batch_size, random_stream(config.seed, ORDER, epoch), shard)
-        bar = tqdm(training.batches(order), total=steps, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False)
+        bar = runtime.progress_bar(training.batches(order), steps, f"epoch {epoch + 1}/{config.epochs}")
         sums = torch.zeros(2, device=device)
         model.train()
         for index, (images, labels) in enumerate(bar):
