@@ -1,5 +1,6 @@
 """Any Hugging Face image data set to splits, and splits to augmented batches on the device."""
 
+import functools
 import hashlib
 import io
 import json
@@ -472,6 +473,12 @@ class Augmentation:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bytes (B, H, W, C) to normalised float32 (B, C, H, W), channels-last in memory, on the same device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
     return (images * scale + shift).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once for each device: a copy to a GPU in every step would make the host wait for it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    return scale, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)

@@ -70,7 +70,7 @@ def _draw_accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("multiply-accumulates for one image, millions")
     axes.set_ylabel("score-split accuracy in the search, %")
     axes.set_title(f"{len(result['layouts'])} layouts, best of {result['mixture_size']} supernets")
