@@ -22,7 +22,7 @@ def setting(
     help: str,
     low: float | None = None,
     high: float | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     environment: bool = False,
 ) -> Any:
     """A dataclass field with its help text, range and choices.
@@ -46,7 +46,7 @@ class DataConfig:
     train_split: str = setting("train", "split of the training images")
     test_split: str | None = setting(None, "split of the test images; test, else validation, else a fixed fifth")
     image_size: int | None = setting(None, "side of the square network input in pixels; that of the first image", 4)
-    in_chans: int = setting(3, "channels of the network input: 3 for colour, 1 for gray", 1, 3)
+    in_chans: int = setting(3, "channels of the network input: 3 for colour, 1 for gray", choices=(1, 3))
     limit: int | None = setting(None, "use only this many training images, class-stratified", 2)
     model: str = setting("bmsn_resnet20", "timm name of the backbone")
     seed: int = setting(0, "seed of everything random", 0, 2**31 - 1)
@@ -101,6 +101,9 @@ class SearchConfig(DataConfig):
     weight_decay: float = setting(0.0, "weight decay", 0)
     max_sharpness: float = setting(100.0, "factor on the scores before the softmax at the end; starts at 1", 1, 1e4)
     score_momentum: float = setting(0.9, "share of the old score kept at an update", 0, 1)
+    init_from: str | None = setting(
+        None, "earlier search whose supernets to start from: its run folder, or USER/REPO[@revision] on the Hub"
+    )
     parallel: str = setting(
         "data",
         "several processes: data shards every batch, mixture gives each process its own supernets",
@@ -113,7 +116,9 @@ class TrainConfig(DataConfig):
     """Settings of a training from scratch."""
 
     layout: str | None = setting(None, "layout to train, such as 5-3-2")
-    from_search: str | None = setting(None, "run folder of the search whose layout to train")
+    from_search: str | None = setting(
+        None, "search whose layout to train: its run folder, or USER/REPO[@revision] on the Hub"
+    )
     pick: str = setting("best", "layout of that search: best, best_within_default_macs, or a layout")
     epochs: int = setting(30, "passes over the training images", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
@@ -130,6 +135,7 @@ class TrainConfig(DataConfig):
     ema_decay: float = setting(0.0, "decay of the weights' moving average, which is then what is saved; 0 is off", 0, 1)
     drop_rate: float = setting(0.0, "dropout before the classifier", 0, 0.99)
     alternate_flip: bool = setting(False, "mirror every image in every second epoch instead of at random")
+    onnx: bool = setting(False, "also write the network as model/model.onnx", environment=True)
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
 
 
@@ -156,7 +162,9 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         raise InputError(f"{name} {value!r} is not {wanted}")
     low, high, choices = meta["low"], meta["high"], meta["choices"]
-    if kind in (int, float) and not (value >= (low if low is not None else value) and value < float("inf")):
+    if kind is float and value == float("inf"):
+        raise InputError(f"{name} {value} is not a finite number")
+    if low is not None and value < low:
         raise InputError(f"{name} {value} is too small: it must be at least {low}")
     if high is not None and value > high:
         raise InputError(f"{name} {value} is too large: it must be at most {high}")
@@ -165,14 +173,20 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _options(names: Sequence[str]) -> str:
+def _options(values: Sequence[Any]) -> str:
+    names = [str(value) for value in values]
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
 
 
+def shipped_folder(name: str) -> Path:
+    """Where data that we ship lies (recipes, hub_configs): in the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parents[1] / name
+
+
 def recipe_folder() -> Path:
-    """Where the recipes lie: in the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+    """Where the recipes lie."""
+    return shipped_folder("recipes")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -212,27 +226,46 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
             raise InputError(f"recipe {name}: {section} is not a mapping of settings")
         sections[section] = part
     for keys, known in ((content, DataConfig), (sections["search"], SearchConfig), (sections["train"], TrainConfig)):
-        names = [f.name for f in dataclasses.fields(known)]
         for key in keys:
-            if key not in names:
-                close = difflib.get_close_matches(str(key), names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"see --help for the {len(names)} that exist"
-                raise InputError(f"recipe {name} has the unknown setting {key!r}: {hint}")
+            if key not in _names(known):
+                raise InputError(f"recipe {name} has the unknown setting {key!r}: {_hint(str(key), known)}")
     return {"recipe": name, **content, **sections["search" if config_class is SearchConfig else "train"]}
 
 
-class _Parser(argparse.ArgumentParser):
+def _names(config_class: type[DataConfig]) -> list[str]:
+    return [item.name for item in dataclasses.fields(config_class)]
+
+
+def _hint(key: str, known: type[DataConfig]) -> str:
+    """What the writer of a recipe may have meant by a setting that is unknown where it stands."""
+    homes = [section for section, home in (("search", SearchConfig), ("train", TrainConfig)) if key in _names(home)]
+    if homes:
+        return f"it belongs under {' or '.join(homes)}"
+    close = difflib.get_close_matches(key, _names(known), 1)
+    return f"did you mean {close[0]}?" if close else f"see --help for the {len(_names(known))} that exist"
+
+
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other mistake."""
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message} (see --help)")
 
 
+def add_push_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how to push to the Hub."""
+    parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="push to this branch of the Hub repository")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
+
+
 def build_parser(config_class: type[DataConfig], description: str) -> argparse.ArgumentParser:
     """A parser with one flag for every setting; flags not given are absent from the result."""
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--output", help="folder of this run; a new one under runs/ if not given")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parser.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
+    add_push_flags(parser)
     for item in dataclasses.fields(config_class):
         meta, flag = item.metadata, "--" + item.name.replace("_", "-")
         default = "" if item.default is None else f" (default: {item.default})"
@@ -240,7 +273,7 @@ def build_parser(config_class: type[DataConfig], description: str) -> argparse.A
         if item.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            metavar = "|".join(meta["choices"]) if meta["choices"] else item.name.split("_")[-1].upper()
+            metavar = "|".join(map(str, meta["choices"])) if meta["choices"] else item.name.split("_")[-1].upper()
             parser.add_argument(flag, metavar=metavar, help=help_text)
     return parser
 

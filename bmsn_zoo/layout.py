@@ -7,8 +7,16 @@ from typing import Any
 
 from .errors import InputError
 
-_MAX_ENTRY = 9999
+_MAX_ENTRY, _MAX_SCALES = 9999, 32
 _TEXT = re.compile(r"[0-9]{1,4}(?:[-,][0-9]{1,4})*")
+
+
+def _brief(value: Any) -> str:
+    """A value for a message: one short line, whatever it is."""
+    try:
+        return ascii(value)[:40]
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
 
 
 @dataclass(frozen=True, order=True)
@@ -29,11 +37,18 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.units_per_scale:
             raise InputError("layout is empty: give the units at each resolution, such as 5-3-2")
+        if len(self.units_per_scale) > _MAX_SCALES:
+            raise InputError(f"layout of {len(self.units_per_scale)} scales: it has at most {_MAX_SCALES}")
+        name = "-".join(_brief(entry) for entry in self.units_per_scale)[:80]
         for entry in self.units_per_scale:
             if isinstance(entry, bool) or not isinstance(entry, int):
-                raise InputError(f"layout {self.units_per_scale!r} has {entry!r}: every entry is a whole number")
-            if not 1 <= entry <= _MAX_ENTRY:
-                raise InputError(f"layout {self} has {entry}: every resolution needs at least 1 unit, such as 5-3-2")
+                raise InputError(f"layout {name} has {_brief(entry)}: every entry is a whole number, such as in 5-3-2")
+            if entry < 1:
+                raise InputError(
+                    f"layout {name} has {_brief(entry)}: every resolution needs at least 1 unit, such as 5-3-2"
+                )
+            if entry > _MAX_ENTRY:
+                raise InputError(f"layout {name} has an entry above {_MAX_ENTRY}: no backbone has that many units")
 
     @classmethod
     def parse(cls, value: "str | Sequence[Any] | Layout") -> "Layout":
@@ -47,11 +62,11 @@ class Layout:
         if isinstance(value, str):
             text = value.replace(" ", "")
             if not _TEXT.fullmatch(text):
-                raise InputError(f"layout {value[:40]!r} is not a list of whole numbers: write it as 5-3-2")
+                raise InputError(f"layout {_brief(value)} is not a list of whole numbers: write it as 5-3-2")
             return cls(tuple(int(entry) for entry in re.split("[-,]", text)))
         if isinstance(value, list | tuple):
             return cls(tuple(value))
-        raise InputError(f"layout {value!r} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
+        raise InputError(f"layout {_brief(value)} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
 
     def __str__(self) -> str:
         return "-".join(str(entry) for entry in self.units_per_scale)

@@ -67,8 +67,9 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
     try:
         saved = yaml.safe_load((output / "config.yaml").read_text())
         config = build_config(config_class, saved)
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"output {output} holds no {_kind(config_class)} to resume: {error}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"output {output} holds no {_kind(config_class)} to resume: {reason}") from None
     asked = build_config(config_class, {**saved, **given})
     before, now = config.settings(), asked.settings()
     changed = [f"{name} {before[name]} (now {now[name]})" for name in before if before[name] != now[name]]
@@ -207,32 +208,49 @@ def save_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
     written by the process that owns it, and read by however many processes there are.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    numbers: dict[str, Any] = {"state": {}, "groups": []}
     if optimizer is not None:
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()})
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        content = optimizer.state_dict()
+        for index, values in content["state"].items():
+            tensors.update({f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)})
+            numbers["state"][index] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        # some of timm's optimizers count their steps in the groups
+        for index, group in enumerate(content["param_groups"]):
+            tensors.update({f"group.{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)})
+            plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+            numbers["groups"].append(plain)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"optimizer": json.dumps(numbers)})
 
 
 def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Read what `save_training_state` wrote, keeping every tensor's memory format."""
     weights: dict[str, Tensor] = {}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     with safe_open(str(path), "pt") as file:
+        numbers = json.loads(file.metadata()["optimizer"])
         for key in file.keys():
             part, _, name = key.partition(".")
             if part == "model":
                 weights[name] = file.get_tensor(key)
-            else:
-                index, _, name = name.partition(".")
-                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+                continue
+            index, _, name = name.partition(".")
+            home = numbers["groups"][int(index)] if part == "group" else state.setdefault(int(index), {})
+            home[name] = file.get_tensor(key)
     model.load_state_dict(weights)
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in numbers["state"].items():
+            state.setdefault(int(index), {}).update(values)
         for index, values in state.items():
             for name, value in values.items():
-                if value.shape == parameters[index].shape:
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        groups = [
+            {**saved, "params": group["params"]}
+            for saved, group in zip(numbers["groups"], optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def find_latest_search() -> Path:

@@ -1,0 +1,372 @@
+import dataclasses
+from types import UnionType
+from typing import get_args, get_origin
+
+import pytest
+import yaml
+
+import bmsn_zoo.search
+from bmsn_zoo import InputError
+from bmsn_zoo.config import (
+    DataConfig,
+    SearchConfig,
+    TrainConfig,
+    build_config,
+    build_parser,
+    load_recipe,
+    recipe_folder,
+)
+from bmsn_zoo.records import resolve_config
+
+
+def kind_of(field):
+    return get_args(field.type)[0] if get_origin(field.type) is UnionType else field.type
+
+
+def may_be_none(field):
+    return type(None) in get_args(field.type)
+
+
+CONFIGS = [SearchConfig, TrainConfig]
+FIELDS = [pytest.param(c, f, id=f"{c.__name__}-{f.name}") for c in CONFIGS for f in dataclasses.fields(c)]
+each_config = pytest.mark.parametrize("config_class", CONFIGS)
+each_field = pytest.mark.parametrize(("config_class", "field"), FIELDS)
+SHIPPED = sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+
+
+def refused(config_class, **values):
+    """The message with which a config refuses values."""
+    with pytest.raises(InputError) as caught:
+        build_config(config_class, values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# every setting
+
+
+@each_config
+def test_defaults_are_valid(config_class):
+    assert config_class().check() == config_class() == build_config(config_class, {})
+
+
+@each_field
+def test_every_setting_is_a_flag_with_help(config_class, field):
+    parser, flag = build_parser(config_class, "x"), "--" + field.name.replace("_", "-")
+    (action,) = [action for action in parser._actions if flag in action.option_strings]
+    assert len(action.help) > 8
+    if field.default is not None:
+        assert str(field.default) in action.help
+    if kind_of(field) is bool:
+        assert vars(parser.parse_args([flag]))[field.name] is True
+        assert vars(parser.parse_args([flag.replace("--", "--no-", 1)]))[field.name] is False
+        return
+    text = {int: "3", float: "0.25", str: "some text"}[kind_of(field)]
+    assert vars(parser.parse_args([flag, text]))[field.name] == text
+    assert flag in parser.format_help()
+
+
+@each_config
+def test_flags_that_are_not_given_are_absent(config_class):
+    given = vars(build_parser(config_class, "x").parse_args([]))
+    assert not set(given) & {field.name for field in dataclasses.fields(config_class)}
+
+
+@each_field
+def test_wrong_types_are_refused(config_class, field):
+    name, kind = field.name, kind_of(field)
+    wrong = {
+        int: ["three", 1.5, "1.5", True, [3], {"a": 1}, float("nan"), float("inf"), "", "9" * 5000],
+        float: ["a lot", True, [0.5], float("nan"), "nan", float("inf"), "inf", "", 10**400],
+        bool: ["true", "yes", 1, 0, [True]],
+        str: [3, 0.5, True, ["x"], {"x": 1}],
+    }[kind]
+    for value in wrong:
+        assert name.replace("_", "-") in refused(config_class, **{name: value})[:40]
+    if may_be_none(field):
+        assert getattr(build_config(config_class, {name: None}), name) is None
+    else:
+        assert f"{name.replace('_', '-')} is empty" in refused(config_class, **{name: None})
+
+
+@each_field
+def test_ranges_and_choices(config_class, field):
+    name, low, high = field.name, field.metadata["low"], field.metadata["high"]
+    flag = name.replace("_", "-")
+    choices = field.metadata["choices"]
+    if kind_of(field) in (int, float) and not choices:
+        assert low is not None, "every number has a lowest value"
+        assert "too small: it must be at least" in refused(config_class, **{name: low - 1})
+        assert getattr(build_config(config_class, {name: low}), name) == low
+    if high is not None:
+        assert "too large: it must be at most" in refused(config_class, **{name: high + 1})
+        assert getattr(build_config(config_class, {name: high}), name) == high
+    if choices:
+        message = refused(config_class, **{name: "other" if kind_of(field) is str else 10**6})
+        assert message.startswith(flag)
+        assert "is unknown: use" in message
+        for choice in choices:
+            assert str(choice) in message
+            assert getattr(build_config(config_class, {name: choice}), name) == choice
+
+
+def test_infinity_is_not_called_too_small():
+    assert "too small" not in refused(SearchConfig, lr=float("inf"))
+
+
+def test_images_have_one_or_three_channels():
+    assert {build_config(DataConfig, {"in_chans": channels}).in_chans for channels in (1, 3)} == {1, 3}
+    assert "in-chans" in refused(DataConfig, in_chans=2)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", ".001", 1e-3])
+def test_numbers_may_be_text(text):
+    config = build_config(SearchConfig, {"lr": text, "epochs": "12", "limit": "64", "batch_size": 32.0})
+    assert config.lr == 1e-3
+    assert (config.epochs, config.limit, config.batch_size) == (12, 64, 32)
+    assert type(config.batch_size) is int
+    assert type(build_config(SearchConfig, {"lr": 1}).lr) is float
+
+
+def test_text_stays_text():
+    config = build_config(TrainConfig, {"pick": "5-3-2", "dataset_revision": "1234", "dataset": "007"})
+    assert (config.pick, config.dataset_revision, config.dataset) == ("5-3-2", "1234", "007")
+
+
+def test_unknown_setting():
+    assert "unknown setting 'learning_rate'" in refused(SearchConfig, learning_rate=0.1)
+    assert "mixture_size" in refused(TrainConfig, mixture_size=4)
+
+
+@each_config
+def test_settings_leave_out_the_environment(config_class):
+    config = config_class()
+    environment = set(config.as_dict()) - set(config.settings())
+    assert {"mixed_precision", "threads", "workers", "memory_limit"} <= environment
+    assert not environment & {"dataset", "image_size", "limit", "seed", "flip", "epochs", "batch_size", "lr", "opt"}
+    assert build_config(config_class, yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+
+
+# recipes
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        file = tmp_path / "recipe.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(file)
+
+    return write
+
+
+@each_config
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes(name, config_class):
+    by_name, file = load_recipe(name, config_class), str(recipe_folder() / f"{name}.yaml")
+    assert load_recipe(file, config_class) == {**by_name, "recipe": file}
+    assert build_config(config_class, by_name) != config_class()
+
+
+def test_recipes_that_the_readme_and_the_defaults_need_are_shipped():
+    assert {"digits-resnet20", "cifar10-resnet20", "cifar100-resnet20"} <= set(SHIPPED)
+    assert load_recipe("cifar100-resnet20", TrainConfig)["label_column"] == "fine_label"
+
+
+def test_published_settings_of_cifar10():
+    config = build_config(SearchConfig, load_recipe("cifar10-resnet20", SearchConfig))
+    expected = dict(
+        epochs=100, mixture_size=4, batch_size=128, lr=0.1, min_lr=0.001, momentum=0.9, weight_decay=0.0,
+        max_sharpness=100, score_momentum=0.9, crop_padding=4, flip=True, opt="sgd",
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_sections_reach_their_own_command(recipe):
+    file = recipe("seed: 3\nflip: no\nsearch: {lr: 1e-3, mixture_size: 2}\ntrain:\n  lr: 0.5\n")
+    search = build_config(SearchConfig, load_recipe(file, SearchConfig))
+    train = build_config(TrainConfig, load_recipe(file, TrainConfig))
+    assert (search.seed, search.flip, search.lr, search.mixture_size) == (3, False, 1e-3, 2)
+    assert (train.seed, train.flip, train.lr) == (3, False, 0.5)
+
+
+@each_config
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sede: 3", "unknown setting 'sede': did you mean seed"),
+        ("search: {epoch: 3}", "unknown setting 'epoch': did you mean epochs"),
+        ("train: {mixture_size: 3}", "unknown setting 'mixture_size'"),
+        ("search: {label_smoothing: 0.1}", "unknown setting 'label_smoothing'"),
+        ("3: 4", "unknown setting 3"),
+        ("qqqqqq: 3", "unknown setting 'qqqqqq': see --help"),
+        ("search: 3", "search is not a mapping"),
+        ("train: [lr]", "train is not a mapping"),
+        ("- seed", "not a mapping"),
+        ("", "not a mapping"),
+        ("just text", "not a mapping"),
+        ("seed: [", "not valid YAML"),
+        ("a:\n\tb: 1", "not valid YAML"),
+        (b"\xff\xfe\x00seed", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_bad_recipe(recipe, config_class, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(recipe(text), config_class)
+    assert "\n" not in str(caught.value)
+
+
+def test_setting_of_a_command_outside_its_section_says_where_it_belongs(recipe):
+    with pytest.raises(InputError, match=r"mixture_size.*search"):
+        load_recipe(recipe("mixture_size: 3"), SearchConfig)
+
+
+@pytest.mark.parametrize("name", ["no-such-recipe", "", "cifar10", "."])
+def test_unknown_recipe_lists_those_there_are(name):
+    with pytest.raises(InputError, match=r"cifar10-resnet20.*digits-resnet20") as caught:
+        load_recipe(name, SearchConfig)
+    assert repr(name) in str(caught.value)
+
+
+# the command line
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs search.py's command line up to the search, whose config it returns, or the error message."""
+    seen = []
+
+    def search(config, output, resume):
+        seen.append(config)
+        raise InputError("stopped before the search")
+
+    monkeypatch.setattr(bmsn_zoo.search, "search", search)
+
+    def run(*argv):
+        seen.clear()
+        assert bmsn_zoo.search.main(argv) == 2
+        return seen[0] if seen else capsys.readouterr().err
+
+    return run
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(command, recipe):
+    file = recipe("seed: 7\ndataset: some/set\nsearch: {epochs: 9, lr: 0.5}\n")
+    config = command("--recipe", file, "--epochs", "2", "--no-flip", "--limit", "100")
+    assert (config.epochs, config.flip, config.limit) == (2, False, 100)
+    assert (config.seed, config.lr, config.dataset, config.recipe) == (7, 0.5, "some/set", file)
+    assert (config.batch_size, config.mixture_size) == (128, 4)
+
+
+def test_no_arguments_are_the_small_recipe(command):
+    assert command() == build_config(SearchConfig, load_recipe("digits-resnet20", SearchConfig))
+    assert command("--epochs", "2").in_chans == 1
+    assert command("--dataset", "some/set") == SearchConfig(dataset="some/set")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs", "0"], "epochs 0 is too small"),
+        (["--mixture-size", "0"], "mixture-size 0 is too small"),
+        (["--epoch", "3"], "--epoch"),
+        (["--learning-rate", "3"], "--learning-rate"),
+        (["--lr"], "--lr"),
+        (["--lr", "fast"], "lr 'fast' is not a number"),
+        (["--mixed-precision", "fp8"], "mixed-precision 'fp8' is unknown"),
+        (["--recipe", "none"], "recipe 'none'"),
+        (["surplus"], "surplus"),
+        (["--resume"], "give --output"),
+        (["--seed", "-1"], "seed"),
+    ],
+    ids=" ".join,
+)
+def test_bad_command_line_is_one_line(command, argv, message):
+    error = command(*argv)
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_every_setting_can_be_given_as_a_flag(command):
+    values = {}
+    for field in dataclasses.fields(SearchConfig):
+        choices, low = field.metadata["choices"], field.metadata["low"]
+        plain = {bool: not field.default, str: "text", int: 2 * int(low or 0) + 3, float: float(low or 0) + 0.5}
+        values[field.name] = choices[0] if choices else plain[kind_of(field)]
+    for name in ("recipe", "init_from"):  # names of files, which are read
+        values[name] = None
+    argv = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv += [f"--{flag}" if value else f"--no-{flag}"]
+        elif value is not None:
+            argv += [f"--{flag}", str(value)]
+    assert command(*argv).as_dict() == values
+
+
+# resuming
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A folder of a search with some settings."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = SearchConfig(epochs=5, lr=0.2, threads=3, limit=100)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    return folder, config
+
+
+def test_resume_takes_the_settings_of_the_run(run_folder):
+    folder, config = run_folder
+    assert resolve_config(SearchConfig, {}, folder, True) == config
+    assert resolve_config(SearchConfig, {"epochs": "5", "lr": "0.2"}, folder, True) == config
+
+
+def test_resume_may_change_the_environment(run_folder):
+    folder, config = run_folder
+    given = {"threads": 1, "workers": 0, "memory_limit": 1.0, "mixed_precision": "no"}
+    assert resolve_config(SearchConfig, given, folder, True) == dataclasses.replace(config, **given)
+
+
+def test_resume_with_other_settings_names_them_all(run_folder):
+    folder, _ = run_folder
+    with pytest.raises(InputError, match=r"epochs 5 \(now 6\), lr 0.2 \(now 0.1\)"):
+        resolve_config(SearchConfig, {"epochs": 6, "lr": 0.1, "threads": 1}, folder, True)
+    with pytest.raises(InputError, match=r"limit 100 \(now None\)"):
+        resolve_config(SearchConfig, {"limit": None}, folder, True)
+
+
+def test_resume_of_nothing(run_folder, tmp_path):
+    folder, _ = run_folder
+    with pytest.raises(InputError, match="give --output"):
+        resolve_config(SearchConfig, {}, None, True)
+    with pytest.raises(InputError, match="holds no search to resume"):
+        resolve_config(SearchConfig, {}, tmp_path / "nowhere", True)
+    with pytest.raises(InputError):  # a search is no training
+        resolve_config(TrainConfig, {}, folder, True)
+
+
+@pytest.mark.parametrize("content", ["", "[", "just text", "- list", b"\xff\x00", "epochs: many"])
+def test_resume_of_a_damaged_config(run_folder, content):
+    folder, _ = run_folder
+    (folder / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        resolve_config(SearchConfig, {}, folder, True)
+    assert "\n" not in str(caught.value)
+
+
+def test_new_run_needs_a_folder_of_its_own(run_folder, tmp_path):
+    folder, _ = run_folder
+    with pytest.raises(InputError, match="already holds files"):
+        resolve_config(SearchConfig, {}, folder, False)
+    with pytest.raises(InputError, match="already holds files"):
+        resolve_config(SearchConfig, {}, folder / "config.yaml", False)
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "empty", tmp_path / "new", None):
+        assert resolve_config(SearchConfig, {"epochs": 3}, output, False).epochs == 3
+    assert not (tmp_path / "new").exists()

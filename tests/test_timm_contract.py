@@ -1,0 +1,375 @@
+"""What timm's own tests ask of a model, of every name that we register (and generic names with several layouts)."""
+
+import importlib.util
+import io
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import bmsn_zoo
+
+NAMES = timm.list_models("bmsn_*", include_tags=True)
+OTHER_LAYOUTS = {"bmsn_resnet20": ["1-1-8", "8-1-1", "3-3-2-2"]}
+CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS for v in OTHER_LAYOUTS[name]]
+each_case = pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda v: str(v or "default"))
+FEATURE_CLASSES = [None, "getter", "hook", "dict", "fx"]
+
+
+def create(name, layout=None, **kwargs):
+    """The model with weights that depend on nothing but the arguments, in evaluation mode."""
+    if layout is not None:
+        kwargs["layout"] = layout
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training: no two channels are alike
+            spread = torch.linspace(-0.5, 0.5, module.num_features)
+            module.load_state_dict(
+                dict(weight=1 + spread, bias=spread, running_mean=-spread, running_var=1 - spread), strict=False
+            )
+    return model
+
+
+def images(model, batch=2, size=None):
+    channels, *default = model.default_cfg["input_size"]
+    return torch.randn(batch, channels, *(size or default))
+
+
+def close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_names_are_ours_alone():
+    assert "bmsn_resnet20" in timm.list_models("bmsn_*")
+    for name in timm.list_models("bmsn_*"):
+        assert timm.model_entrypoint(name).__module__.startswith("bmsn_zoo.")
+    for label in {timm.model_entrypoint(name).__module__.split(".")[-1] for name in timm.list_models("bmsn_*")}:
+        assert importlib.util.find_spec(f"timm.models.{label}") is None
+        assert all(name.startswith("bmsn_") for name in timm.list_models(module=label))
+
+
+def test_generic_names_are_the_backbones():
+    assert set(OTHER_LAYOUTS) == set(bmsn_zoo.BACKBONES)
+    assert set(OTHER_LAYOUTS) <= set(timm.list_models("bmsn_*"))
+
+
+@each_case
+def test_forward_and_gradient_checkpointing(name, layout):
+    model = create(name, layout)
+    x = images(model)
+    expected = model(x)
+    assert expected.shape == (2, model.num_classes)
+    assert expected.isfinite().all()
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    runs = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_: runs.append(1))
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    output = model(x)
+    close(output, expected)
+    before = len(runs)
+    output.square().sum().backward()
+    assert len(runs) > before, "nothing was recomputed"
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        close(parameter.grad, gradient)
+    model.set_grad_checkpointing(False)
+    runs.clear()
+    model(x).sum().backward()
+    assert len(runs) == before
+
+
+@each_case
+def test_backward_reaches_every_parameter(name, layout):
+    model = create(name, layout, num_classes=42).train()
+    output = model(images(model))
+    output.mean().backward()
+    assert output.shape == (2, 42)
+    assert model.num_classes == 42
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@each_case
+def test_default_cfg_agrees_with_the_model(name, layout):
+    model = create(name, layout)
+    cfg, state, x = model.default_cfg, model.state_dict(), images(model)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, *cfg["pool_size"])
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert torch.equal(model.forward_head(features), model(x))
+
+    assert cfg["num_classes"] == model.num_classes
+    assert f"{cfg['classifier']}.weight" in state
+    assert model.get_classifier(name_only=True) == cfg["classifier"]
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    assert state[f"{cfg['first_conv']}.weight"].shape[1] == len(cfg["mean"]) == len(cfg["std"]) == cfg["input_size"][0]
+    assert cfg["license"]
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == cfg["input_size"]
+    assert data["crop_pct"] == 1.0
+
+
+@each_case
+def test_classifier_can_be_removed_and_replaced(name, layout):
+    model = create(name, layout)
+    x = images(model)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.num_classes == model.get_classifier().out_features == 7
+    model.reset_classifier(7, "max")
+    assert torch.equal(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
+
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    for global_pool, expected in (("avg", pooled), ("", features)):
+        headless = create(name, layout, num_classes=0, global_pool=global_pool)
+        headless.load_state_dict(state)
+        assert torch.equal(headless(x), expected)
+
+
+@each_case
+@pytest.mark.parametrize("size", [(32, 32), (17, 17), (40, 64), (33, 20)], ids=str)
+def test_other_image_sizes(name, layout, size):
+    model = create(name, layout)
+    last = model.feature_info[-1]
+    reduction = last["reduction"] if isinstance(last, dict) else model.feature_info.reduction()[-1]
+    x = images(model, size=size)
+    assert model.forward_features(x).shape[2:] == (size[0] // reduction, size[1] // reduction)
+    assert model(x).isfinite().all()
+
+
+@each_case
+def test_gray_images_and_one_at_a_time(name, layout):
+    model = create(name, layout, in_chans=1)
+    x = torch.randn(3, 1, 32, 32)
+    assert model.conv1.in_channels == 1
+    close(torch.cat([model(one) for one in x.split(1)]), model(x), 1e-5)
+
+
+@each_case
+def test_channels_last_and_dropout(name, layout):
+    model = create(name, layout, drop_rate=0.9)
+    x = images(model)
+    expected = model(x)
+    model.to(memory_format=torch.channels_last)
+    close(model(x.to(memory_format=torch.channels_last)), expected)
+    features = model.forward_features(x)
+    model.train()
+    assert (model.forward_head(features, pre_logits=True) == 0).float().mean() > 0.5
+
+
+# feature maps
+
+
+@each_case
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES, ids=str)
+@pytest.mark.parametrize("out_indices", [None, (0, 2), (-1,)], ids=str)
+def test_features_only(name, layout, feature_cls, out_indices):
+    plain = create(name, layout)
+    levels = len(plain.feature_info)
+    taken = range(levels) if out_indices is None else [index % levels for index in out_indices]
+    extra = {} if out_indices is None else dict(out_indices=out_indices)
+    extra |= {} if feature_cls is None else dict(feature_cls=feature_cls)
+    model = create(name, layout, features_only=True, **extra)
+    for size in (32, 33):
+        x = images(plain, size=(size, size))
+        maps = model(x)
+        if isinstance(maps, dict):
+            maps = list(maps.values())
+        real = [plain.forward_intermediates(x, intermediates_only=True)[index] for index in taken]
+        assert len(maps) == len(taken)
+        for level, (found, expected) in enumerate(zip(maps, real, strict=True)):
+            assert torch.equal(found, expected)
+            assert model.feature_info.channels()[level] == found.shape[1]
+            assert size // model.feature_info.reduction()[level] == found.shape[2] == found.shape[3]
+
+
+@each_case
+def test_feature_info_starts_at_full_resolution_and_follows_the_layout(name, layout):
+    info = create(name, layout, features_only=True).feature_info
+    units = bmsn_zoo.Layout.parse(create(name, layout).layout)
+    channels = bmsn_zoo.BACKBONES[name.split(".")[0]].channels if name.split(".")[0] in OTHER_LAYOUTS else None
+    assert info.reduction() == [2**scale for scale in range(units.num_scales)]
+    if channels:
+        ends = itertools.accumulate(units.units_per_scale)
+        assert info.channels() == [channels[end - 1] for end in ends]
+
+
+@each_case
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_forward_intermediates(name, layout, checkpointing):
+    model = create(name, layout)
+    x = images(model)
+    features = model.forward_features(x)
+    model.set_grad_checkpointing(checkpointing)
+    final, maps = model.forward_intermediates(x, output_fmt="NCHW")
+    close(final, features, 1e-5)
+    assert len(maps) == len(model.feature_info)
+    for found, info in zip(maps, model.feature_info, strict=True):
+        assert found.shape[1] == info["num_chs"]
+        assert found.shape[2] == x.shape[2] // info["reduction"]
+    assert torch.equal(maps[-1], final)
+    for indices in (1, 2, [0], [0, 2], [1], (-1,)):
+        chosen = range(len(maps))[-indices:] if isinstance(indices, int) else [i % len(maps) for i in indices]
+        final, some = model.forward_intermediates(x, indices=indices)
+        close(final, features, 1e-5)
+        assert len(some) == len(chosen)
+        alone = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
+        for found, again, index in zip(some, alone, chosen, strict=True):
+            assert torch.equal(found, again)
+            close(found, maps[index], 1e-5)
+    with pytest.raises((ValueError, AssertionError)):
+        model.forward_intermediates(x, output_fmt="NLC")
+    with pytest.raises((ValueError, IndexError, AssertionError)):
+        model.forward_intermediates(x, indices=[len(maps)])
+
+
+@each_case
+def test_stop_early_runs_no_later_unit(name, layout):
+    model = create(name, layout)
+    runs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, *_: runs.append(block))
+    x = images(model)
+    model.forward_intermediates(x, indices=[0], stop_early=True)
+    first_scale = bmsn_zoo.Layout.parse(model.layout).units_per_scale[0]
+    assert len(runs) == first_scale - 1
+    runs.clear()
+    model.forward_intermediates(x, indices=[0])
+    assert len(runs) == len(model.blocks)
+
+
+@each_case
+@pytest.mark.parametrize("indices", [1, 2, [0], [0, 1], [-2]], ids=str)
+def test_prune_intermediate_layers(name, layout, indices):
+    model = create(name, layout)
+    x = images(model)
+    levels = len(model.feature_info)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    before = len(model.blocks)
+    kept = model.prune_intermediate_layers(indices, prune_head=True)
+    assert kept == (list(range(levels))[-indices:] if isinstance(indices, int) else [i % levels for i in indices])
+    last = sum(bmsn_zoo.Layout.parse(model.layout).units_per_scale[: max(kept) + 1])
+    assert len(model.blocks) == last - 1 <= before
+    assert not any(p.ndim == 2 for p in model.parameters()), "the head is still there"
+    found = model.forward_intermediates(x, indices=kept, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_prune_can_keep_the_head():
+    model = create("bmsn_resnet20")
+    x = images(model)
+    expected = model(x)
+    model.prune_intermediate_layers([2], prune_head=False)
+    assert torch.equal(model(x), expected)
+
+
+# other programs that read or write the network
+
+
+@each_case
+def test_torchscript(name, layout):
+    model = create(name, layout, scriptable=True)
+    x = images(model)
+    expected = model(x)
+    scripted = torch.jit.script(model)
+    close(scripted(x), expected, 1e-5)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    close(torch.jit.load(buffer)(x), expected, 1e-5)
+
+
+@each_case
+def test_fx_forward_backward_and_script(name, layout):
+    model = create(name, layout)
+    x = images(model)
+    expected = model(x)
+    _, nodes = get_graph_node_names(model)
+    extractor = create_feature_extractor(model, return_nodes=[nodes[-1]])
+    output = extractor(x)[nodes[-1]]
+    assert torch.equal(output, expected)
+    close(torch.jit.script(extractor)(x)[nodes[-1]], expected, 1e-5)
+    output.mean().backward()
+    assert all(p.grad is not None for p in extractor.parameters())
+    assert len(list(extractor.parameters())) == len(list(model.parameters()))
+
+
+@each_case
+def test_torch_export(name, layout):
+    model = create(name, layout)
+    x = images(model)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    for batch in (1, 2, 5):
+        x = images(model, batch)
+        close(program.module()(x), model(x), 1e-5)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, None) for name in NAMES] + [("bmsn_resnet20", "8-1-1")])
+def test_onnx_export(name, layout, tmp_path):
+    import onnxruntime
+
+    model = create(name, layout)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model,
+        (images(model),),
+        file,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        x = images(model, batch)
+        (logits,) = session.run(["logits"], {"images": x.numpy()})
+        np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@each_case
+def test_layer_decay_grows_from_stem_to_head(name, layout):
+    model = create(name, layout)
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    scale, decay = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in scale
+            scale[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]
+    of = {key: scale[id(parameter)] for key, parameter in model.named_parameters()}
+    depth = [of["conv1.weight"], *(of[f"blocks.{i}.conv1.weight"] for i in range(len(model.blocks))), of["fc.weight"]]
+    assert depth == sorted(set(depth))
+    assert of["bn1.weight"] == of["conv1.weight"]
+    assert of["fc.weight"] == 1.0
+    for key, parameter in model.named_parameters():
+        assert (decay[id(parameter)] > 0) == (parameter.ndim > 1), key
+
+
+@each_case
+def test_group_matcher_covers_every_parameter(name, layout):
+    model = create(name, layout)
+    for coarse in (False, True):
+        groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
+        assert len(groups) == (3 if coarse else len(model.blocks) + 2)
+    assert set(model.no_weight_decay()) <= set(model.state_dict())
