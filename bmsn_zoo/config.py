@@ -59,9 +59,7 @@ class DataConfig:
     )
     threads: int | None = setting(None, "CPU threads of each process; all cores shared evenly", 1, environment=True)
     workers: int | None = setting(None, "processes that read images; one for each thread", 0, environment=True)
-    memory_limit: float = setting(
-        4.0, "decoded images up to this many GiB stay in memory, more are streamed", 0, environment=True
-    )
+    memory_limit: float = setting(4.0, "decoded images up to this many GiB stay in memory, more are streamed", 0)
 
     def check(self) -> Self:
         """Return self if every value has the right type and range.
@@ -233,7 +231,7 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
 
 
 def _names(config_class: type[DataConfig]) -> list[str]:
-    return [item.name for item in dataclasses.fields(config_class)]
+    return [item.name for item in dataclasses.fields(config_class) if item.name != "recipe"]
 
 
 def _hint(key: str, known: type[DataConfig]) -> str:

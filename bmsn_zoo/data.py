@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import DataConfig
-from .errors import InputError
+from .errors import InputError, first_line
 
 _log = logging.getLogger(__name__)
 _STATISTICS_SAMPLE = 4096  # images from which the mean and deviation of a streamed set are measured
@@ -35,7 +35,7 @@ ORDER, AUGMENT, SCORE_ORDER, SPLIT, MIX = range(5)
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
     """Random numbers that depend on seed, purpose and position (such as epoch and step) alone."""
-    return np.random.default_rng((seed, purpose, *position))
+    return np.random.default_rng((seed, purpose, *position, 1))  # numpy would ignore a zero at the end
 
 
 def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
@@ -47,7 +47,8 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+        scaled = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
+        image = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -55,6 +56,17 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, in_chans)
+
+
+# whatever Pillow's decoders raise for a damaged file
+_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+
+
+def _open(value: dict[str, Any] | None) -> Image.Image:
+    """An image as a data set stores it undecoded: bytes, or a path."""
+    if value is None or not (value["bytes"] or value["path"]):
+        raise ValueError("there is none")
+    return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
 
 
 class _RowReader(Dataset):
@@ -73,12 +85,10 @@ class _RowReader(Dataset):
 
     def _read(self, row: int, value: dict[str, Any] | None) -> np.ndarray | str:
         try:
-            if value is None:
-                return f"row {row} has no image"
-            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as image:
+            with _open(value) as image:
                 return to_pixels(image, self.size, self.in_chans)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"the image in row {row} cannot be read: {error}"
+        except _IMAGE_ERRORS as error:
+            return f"the image in row {row} cannot be read: {first_line(error)}"
 
 
 def _stack(rows: list[np.ndarray | str]) -> Tensor | str:
@@ -109,6 +119,7 @@ class ImageSet:
 
     def select(self, indices: np.ndarray) -> "ImageSet":
         """The images at some positions; pixels are shared."""
+        indices = np.ascontiguousarray(indices)
         return ImageSet(self.labels[indices], self.rows[indices], self.pixels, self.reader, self.workers)
 
     def batches(self, order: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -190,7 +201,7 @@ class DataSource:
             self.train_source = self.train_source.select(rest)
         if config.limit is not None and config.limit < len(self.train_source):
             labels = self._labels(self.train_source)
-            _, kept = stratified_split(labels, config.limit, seed=0, what=f"limit {config.limit} and the rest")
+            kept = _stratified_sample(labels, config.limit)
             self.train_source = self.train_source.select(kept)
         present = np.unique(self._labels(self.train_source))
         if len(present) < 2:
@@ -224,6 +235,9 @@ class DataSource:
 
     def _labels(self, source: datasets.Dataset) -> np.ndarray:
         """Class index of every row, int64."""
+        table = source.data.table if source._indices is None else source.flatten_indices().data.table
+        if table.column(self.label_column).null_count:
+            raise InputError(f"dataset {self.config.dataset!r} has unlabelled images: choose a split that has labels")
         values = source.with_format("numpy")[self.label_column][:]
         if isinstance(source.features[self.label_column], datasets.ClassLabel):
             labels = np.asarray(values, dtype=np.int64)
@@ -240,10 +254,10 @@ class DataSource:
     def _first_size(self) -> int:
         value = _RowReader(self.train_source, self.image_column, 1, 3).source[0][self.image_column]
         try:
-            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as image:
+            with _open(value) as image:
                 return min(*image.size, 224)
-        except (TypeError, OSError) as error:
-            raise InputError(f"data set: the image in row 0 cannot be read: {error}") from None
+        except _IMAGE_ERRORS as error:
+            raise InputError(f"data set: the image in row 0 cannot be read: {first_line(error)}") from None
 
     def _load(self, source: datasets.Dataset) -> ImageData:
         size, in_chans = self.image_size, self.config.in_chans
@@ -268,6 +282,8 @@ def _load_splits(config: DataConfig) -> datasets.DatasetDict:
     name, path = config.dataset, Path(config.dataset).expanduser()
     if name == "digits" and not path.exists():
         return _digits()
+    if not name.strip():
+        raise InputError("dataset is empty: give a folder or a Hub id such as uoft-cs/cifar10")
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise InputError(f"dataset {name!r} is not a folder: give a folder or a Hub id such as uoft-cs/cifar10")
     if path.is_dir() and not any(path.iterdir()):
@@ -342,8 +358,8 @@ def _label_names(source: datasets.Dataset, column: str) -> list[str]:
     feature = source.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = source.unique(column)
-    return [str(value) for value in sorted(values, key=lambda v: (isinstance(v, str), v))]
+    values = [value for value in source.unique(column) if value is not None]
+    return [str(value) for value in sorted(values)]
 
 
 def stratified_split(labels: np.ndarray, size: float | int, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -357,6 +373,22 @@ def stratified_split(labels: np.ndarray, size: float | int, seed: int, what: str
     except ValueError as error:
         raise InputError(f"{len(labels)} images are too few for {what}: {' '.join(str(error).split())}") from None
     return np.sort(first), np.sort(second)
+
+
+def _stratified_sample(labels: np.ndarray, count: int) -> np.ndarray:
+    """Positions of `count` images with every class's share of them, the same whenever asked; at least one of each."""
+    order = random_stream(0, SPLIT).permutation(len(labels))
+    classes, sizes = np.unique(labels, return_counts=True)
+    if count < len(classes):
+        raise InputError(f"limit {count} is less than the {len(classes)} classes: raise it")
+    quota = np.maximum(1, sizes * count // len(labels))
+    # what rounding left over goes to the classes that are furthest below their share
+    for _ in range(count - int(quota.sum())):
+        quota[np.argmax(sizes * count / len(labels) - quota)] += 1
+    for _ in range(int(quota.sum()) - count):
+        quota[np.argmax(quota)] -= 1
+    kept = [order[labels[order] == name][:number] for name, number in zip(classes, quota, strict=True)]
+    return np.sort(np.concatenate(kept))
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,61 +1,359 @@
-"""Model folders as the Hub and timm take them: config.json, model.safetensors, metrics.json, model card."""
+"""Models and searches to the Hub and from it."""
 
 import json
-import shutil
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models import save_for_hf
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from .card import write_card
-from .errors import InputError
-from .models import PoolingResNet
+from . import __version__
+from .card import SOME_NAME, portable, search_card
+from .client import one_line
+from .config import Parser, add_push_flags, shipped_folder
+from .errors import InputError, first_line
+from .model_folder import MODEL_FILES, add, load_model
 from .records import SCHEMA_VERSION, read_json
+from .search_space import SearchSpace
+
+_log = logging.getLogger(__name__)
+# all of a search that is ever pushed
+SEARCH_FILES = (
+    "README.md",
+    "config.yaml",
+    "metrics.jsonl",
+    "pictures/accuracy_macs.png",
+    "pictures/assignment.png",
+    "pictures/curves.png",
+    "search.json",
+    "supernets.safetensors",
+)
+_HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?")
+_CHOICES = ("best", "best_within_default_macs", "default")
+_ENTRY = {"layout": str, "accuracy": float, "macs": int, "supernet": int}
+# what is read of a search result, which may come from anybody; a list holds any number of the same
+_SEARCH_SCHEMA: Any = {
+    "model": str,
+    "mixture_size": int,
+    "seed": int,
+    "duration_seconds": float,
+    "settings": {"dataset": str, "epochs": int, "in_chans": int},
+    "dataset": {"id": str, "image_size": int, "score_images": int, "weight_images": int, "label_names": [str]},
+    "segments": [
+        {"hardware": str, "processes": int, "threads": int, "precision": str, "versions": dict, "command": [str]}
+    ],
+    "recipe": (str, type(None)),
+    "layouts": [str],
+    "ranking": [_ENTRY],
+    **dict.fromkeys(_CHOICES, _ENTRY),
+}
 
 
-def save_model(
-    folder: Path, model: PoolingResNet, label_names: list[str], metrics: Path, search: Path | None = None
-) -> None:
-    """Write everything that a Hub repository of one trained network holds.
+# pull
+
+
+def fetch(name: str, *files: str, token: str | None = None) -> list[Path]:
+    """Files of a run folder, a model folder or a Hub repository; from the Hub they come into its client's cache.
 
     Args:
-        folder: where to; made if needed.
-        model: trained, with a fixed layout.
-        label_names: one for every class.
-        metrics: the training's metrics.json.
-        search: search.json of the search that found the layout.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = model.to(memory_format=torch.contiguous_format)  # safetensors asks for it
-    save_for_hf(
-        model,
-        str(folder),
-        model_config={"label_names": label_names},
-        model_args={"layout": model.layout},
-        safe_serialization=True,
-    )
-    shutil.copyfile(metrics, folder / "metrics.json")
-    if search is not None:
-        shutil.copyfile(search, folder / "search.json")
-    write_card(folder)
-
-
-def load_search(name: str) -> dict[str, Any]:
-    """The result of a finished search, from its run folder.
+        name: a folder, or USER/REPO[@revision] on the Hub.
+        files: their names; all come from one commit.
+        token: for the Hub; what the user is logged in with if None.
 
     Raises:
-        InputError: if there is none, or it is of another kind or version.
+        InputError: if one is missing, or the Hub cannot be read.
     """
-    path = Path(name) / "search.json"
-    if not path.exists():
-        raise InputError(f"{name} holds no finished search: search.json is missing")
-    result = read_json(path)
+    on_hub = _HUB_NAME.fullmatch(name)
+    if Path(name).is_dir() or not on_hub:
+        for file in files:
+            if not (Path(name) / file).is_file():
+                raise InputError(f"{name} holds no finished search: {file} is missing")
+        return [Path(name) / file for file in files]
+    repo_id, revision = on_hub.groups()
+    paths: list[Path] = []
+    failure: Exception | None = None
+    with one_line(f"{name} on the Hub"):
+        try:  # the client would ask for files many times before it says why it cannot have them
+            HfApi(token=token).model_info(repo_id, revision=revision)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            failure = error
+        for file in files:
+            try:
+                found = hf_hub_download(repo_id, file, revision=revision, token=token, local_files_only=bool(failure))
+            except LocalEntryNotFoundError:
+                if failure is None:
+                    raise
+                raise failure from None
+            except EntryNotFoundError:
+                raise InputError(f"{name} holds no finished search: {file} is missing") from None
+            paths.append(Path(found))
+            revision = paths[0].parent.name  # the commit
+    return paths
+
+
+def pin(name: str) -> str:
+    """The same search, with its present commit if it is on the Hub: what lies there may change."""
+    (path,) = fetch(name, "search.json")
+    on_hub = _HUB_NAME.fullmatch(name)
+    return name if Path(name).is_dir() or not on_hub else f"{on_hub[1]}@{path.parent.name}"
+
+
+def load_search(name: str, token: str | None = None) -> dict[str, Any]:
+    """The result of a finished search, as search.json holds it.
+
+    Args:
+        name: run folder of the search, folder of a model that it found, or USER/REPO[@revision] of one on the Hub.
+        token: for the Hub; what the user is logged in with if None.
+
+    Raises:
+        InputError: if there is none, it is of another kind or version, or the Hub cannot be read.
+    """
+    return _read_search(name, fetch(name, "search.json", token=token)[0])
+
+
+def _read_search(name: str, path: Path) -> dict[str, Any]:
+    try:
+        result = read_json(path)
+    except RecursionError:  # no search result is nested so deeply
+        result = None
     if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{path} is not a search result of version {SCHEMA_VERSION}: run the search again")
+        raise InputError(f"{name}: search.json is not a search result of version {SCHEMA_VERSION}: run it again")
+    wrong = _mismatch(result, _SEARCH_SCHEMA)
+    if wrong:
+        raise InputError(f"{name}: search.json is not a search result: {wrong} is missing or of another type")
+    space = [str(layout) for layout in SearchSpace(result["model"], result["default"]["layout"])]
+    ranked = [entry["layout"] for entry in result["ranking"]]
+    if sorted(ranked) != sorted(space) or not {result[key]["layout"] for key in _CHOICES} <= set(space):
+        raise InputError(f"{name}: search.json does not rank the {len(space)} layouts of its search space")
     return result
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
-    return json.loads((folder / "config.json").read_text())
+def _mismatch(value: Any, schema: Any, name: str = "") -> str:
+    """Name of the first part of JSON that is missing or of another type than the schema asks for; empty if none."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return name or "it"
+        parts = [(value.get(key), part, f"{name}.{key}".strip(".")) for key, part in schema.items()]
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            return name
+        parts = [(item, schema[0], f"{name}[{index}]") for index, item in enumerate(value)]
+    else:
+        kinds = (int, float) if schema is float else schema
+        return "" if isinstance(value, kinds) and not isinstance(value, bool) else name
+    return next(filter(None, (_mismatch(*part) for part in parts)), "")
+
+
+def load_supernets(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The result of a finished search and the weights of its supernets, as `Mixture.state_dict` names them.
+
+    Args:
+        name: as in `load_search`.
+
+    Raises:
+        InputError: if there are none.
+    """
+    path, weights = fetch(name, "search.json", "supernets.safetensors")
+    try:
+        return _read_search(name, path), load_file(weights)
+    except SafetensorError as error:
+        raise InputError(f"{name}: supernets.safetensors is damaged: {first_line(error)}") from None
+
+
+# push
+
+
+def check_target(
+    repo_id: str, private: bool = False, revision: str | None = None, create_pr: bool = False
+) -> dict[str, Any]:
+    """The arguments as `push` takes them.
+
+    Raises:
+        InputError: if the name is no USER/REPO, or a pull request is to go to a branch.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is no name of a Hub repository: {first_line(error)}") from None
+    if repo_id.count("/") != 1:
+        raise InputError(f"{repo_id!r} is no name of a Hub repository: write it as USER/REPO")
+    if revision and create_pr:
+        raise InputError("revision and create-pr are both given: a pull request is made to the main branch")
+    return {"repo_id": repo_id, "private": private, "revision": revision, "create_pr": create_pr}
+
+
+def take_target(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the flags of a push out of the flags of a run; returns the arguments of `push`, None if it is not asked for.
+
+    Raises:
+        InputError: if they do not fit together.
+    """
+    repo_id = given.pop("push_to_hub", None)
+    rest = {key: given.pop(key) for key in ("private", "revision", "create_pr") if key in given}
+    if repo_id is None and rest:
+        raise InputError(f"{next(iter(rest)).replace('_', '-')} says how to push: give --push-to-hub USER/REPO too")
+    return None if repo_id is None else check_target(repo_id, **rest)
+
+
+def push(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Push a model folder or a finished search to the Hub, in one commit; none if nothing changed.
+
+    Only `MODEL_FILES` or `SEARCH_FILES` are pushed, and those of them that the folder lacks are deleted there. The
+    folder is not changed.
+
+    Args:
+        folder: a model folder, the run folder of a training (its model/ is pushed), or that of a search.
+        repo_id: USER/REPO; made if it does not exist.
+        private: make a new repository private, and refuse one that is public.
+        revision: branch to push to; made if it does not exist.
+        create_pr: open a pull request instead of committing.
+        token: what the user is logged in with if None.
+        endpoint: another Hub than that of HF_ENDPOINT.
+
+    Returns:
+        where to see it: the address of the repository, branch or pull request.
+
+    Raises:
+        InputError: if the folder is not whole, or the Hub cannot be written; the message says how to push again.
+    """
+    check_target(repo_id, private, revision, create_pr)
+    folder = Path(folder)
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    title, allowed, files = _contents(folder, repo_id)
+    api = HfApi(endpoint, token, library_name="bmsn_zoo", library_version=__version__)
+    try:
+        with one_line(repo_id):
+            info = _prepare(api, repo_id, private, revision)
+            present = {sibling.rfilename for sibling in info.siblings or ()}
+            stale = sorted(present & set(allowed) - set(files))
+            commit = api.create_commit(
+                repo_id,
+                [*(CommitOperationAdd(name, content) for name, content in files.items()),
+                 *(CommitOperationDelete(name) for name in stale)],
+                commit_message=f"Upload {title}",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=info.sha,
+            )  # fmt: skip
+    except InputError as error:
+        options = [*(["--private"] if private else []), *(["--revision", revision] if revision else []),
+                   *(["--create-pr"] if create_pr else [])]  # fmt: skip
+        again = shlex.join(["python", "-m", "bmsn_zoo.hub", "push", str(folder), repo_id, *options])
+        raise InputError(f"{error}; {folder} is whole, push it again with: {again}") from error
+    if commit.oid == info.sha:
+        _log.info("%s holds exactly this already: nothing was committed", repo_id)
+    if commit.pr_url:
+        return commit.pr_url
+    return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[str, bytes | Path]]:
+    """What to call a folder's push, the files that it may hold, and those it holds with their content."""
+    if (folder / "config.json").is_file():
+        model = load_model(folder)
+        files: dict[str, bytes | Path] = {name: folder / name for name in MODEL_FILES if (folder / name).is_file()}
+        files["README.md"] = (folder / "README.md").read_text().replace(SOME_NAME, repo_id).encode()
+        return f"{model.pretrained_cfg['architecture']} {model.layout}", MODEL_FILES, files  # type: ignore[index]
+    if not (folder / "search.json").is_file():
+        raise InputError(f"{folder} holds neither a model (config.json) nor a finished search (search.json)")
+    result = portable(load_supernets(str(folder))[0])
+    files = {name: folder / name for name in SEARCH_FILES if (folder / name).is_file()}
+    files["README.md"] = search_card(result, repo_id).encode()
+    files["config.yaml"] = yaml.safe_dump(result["settings"], sort_keys=False).encode()
+    files["search.json"] = (json.dumps(result, indent=1) + "\n").encode()
+    return f"search of {result['model']}, first choice {result['best']['layout']}", SEARCH_FILES, files
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool, revision: str | None) -> Any:
+    """Make the repository and the branch if they are missing; returns what the Hub says of them."""
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private or None)  # else as the organisation has it
+        info = api.model_info(repo_id)
+    if private and not info.private:
+        raise InputError(f"{repo_id} exists and is public: make it private on the Hub, or choose another name")
+    if revision:
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:
+            api.create_branch(repo_id, branch=revision)
+            info = api.model_info(repo_id, revision=revision)
+    return info
+
+
+def push_all(org: str, *, zoo: Path | None = None, **options: Any) -> list[str]:
+    """Push every model of the zoo to a repository of its name.
+
+    Args:
+        org: user or organisation.
+        zoo: folder of model folders; hub_configs/ if None.
+        options: as in `push`.
+
+    Returns:
+        their addresses.
+    """
+    folders = sorted(file.parent for file in (zoo or shipped_folder("hub_configs")).glob("*/config.json"))
+    if not folders:
+        raise InputError(f"{zoo or shipped_folder('hub_configs')} holds no model")
+    return [push(folder, f"{org}/{folder.name}", **options) for folder in folders]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    from .runtime import run_command
+
+    parser = Parser(prog="python -m bmsn_zoo.hub", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    single = commands.add_parser("push", help="push a model folder or a finished search to the Hub")
+    single.add_argument("folder")
+    single.add_argument("repo_id", metavar="USER/REPO")
+    add_push_flags(single)
+    every = commands.add_parser("push-all", help="push every model of the zoo")
+    every.add_argument("org")
+    add_push_flags(every)
+    new = commands.add_parser("add", help="make a model of the zoo from a finished training")
+    new.add_argument("run", metavar="RUN_FOLDER")
+    new.add_argument("name")
+    new.add_argument("--default", metavar="NAME", help="model with the default layout to compare with in the card")
+
+    def run() -> None:
+        given = vars(parser.parse_args(argv))
+        command = given.pop("command")
+        if command == "push-all":
+            lines = push_all(**given)
+        else:
+            lines = [push(**given) if command == "push" else str(add(**given))]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InputError
 
 _MAX_ENTRY, _MAX_SCALES = 9999, 32
-_TEXT = re.compile(r"[0-9]{1,4}(?:[-,][0-9]{1,4})*")
+_TEXT = re.compile(r" *[0-9]{1,4}(?: *[-,] *[0-9]{1,4})* *")
 
 
 def _brief(value: Any) -> str:
@@ -60,10 +60,9 @@ class Layout:
         if isinstance(value, Layout):
             return value
         if isinstance(value, str):
-            text = value.replace(" ", "")
-            if not _TEXT.fullmatch(text):
+            if not _TEXT.fullmatch(value):
                 raise InputError(f"layout {_brief(value)} is not a list of whole numbers: write it as 5-3-2")
-            return cls(tuple(int(entry) for entry in re.split("[-,]", text)))
+            return cls(tuple(int(entry) for entry in re.split("[-,]", value)))
         if isinstance(value, list | tuple):
             return cls(tuple(value))
         raise InputError(f"layout {_brief(value)} is not text or a list: write it as 5-3-2 or [5, 3, 2]")

@@ -44,13 +44,14 @@ class Mixture:
     def extract(self, layout: str | Layout, supernet: int) -> PoolingResNet:
         """An independent copy of one supernet with one layout; it gives the same logits."""
         source = self.supernets[supernet]
-        copy: PoolingResNet = timm.create_model(  # type: ignore[assignment]
-            self.space.name,
-            layout=str(Layout.parse(layout)),
-            num_classes=source.num_classes,
-            in_chans=source.in_chans,
-            searchable=True,
-        )
+        with torch.random.fork_rng(devices=[]):
+            copy: PoolingResNet = timm.create_model(  # type: ignore[assignment]
+                self.space.name,
+                layout=str(Layout.parse(layout)),
+                num_classes=source.num_classes,
+                in_chans=source.in_chans,
+                searchable=True,
+            )
         copy.load_state_dict(source.state_dict())
         return copy.train(source.training).to(source.conv1.weight.device)
 
@@ -90,7 +91,11 @@ def walk_layouts(supernet: PoolingResNet, space: SearchSpace, images: Tensor) ->
         if not scales_left:
             yield supernet.forward_head(x)
 
-    yield from walk(images, 0, space.num_scales - 1)
+    before = supernet.layout
+    try:
+        yield from walk(images, 0, space.num_scales - 1)
+    finally:
+        supernet.set_layout(before)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The run folder: resolved settings, metrics, checkpoints and results, each written whole or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -66,6 +67,8 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
         raise InputError("resume needs the folder of the run to continue: give --output")
     try:
         saved = yaml.safe_load((output / "config.yaml").read_text())
+        if set(saved) != {item.name for item in dataclasses.fields(config_class)}:
+            raise TypeError("its config.yaml is of another kind or version")
         config = build_config(config_class, saved)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())

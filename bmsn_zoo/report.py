@@ -154,6 +154,11 @@ def print_search(folder: Path, command: str) -> None:
     )
 
 
+def print_pushed(address: str) -> None:
+    """Print where a result was pushed to."""
+    sys.stdout.write(f"on the Hub:           {address}\n")
+
+
 def print_training(folder: Path) -> None:
     """Print what a training reached and how to load it."""
     metrics = read_json(folder / "metrics.json")

@@ -130,7 +130,7 @@ def _processor_name() -> str:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = names[0].strip() if names else name
-    return f"{name}, {usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str | None:

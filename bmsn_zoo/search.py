@@ -19,7 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from . import report, runtime
+from . import hub, report, runtime
 from .config import SearchConfig, build_parser, load_recipe
 from .data import (
     AUGMENT,
@@ -143,6 +143,8 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     total_steps = steps * config.epochs
 
     mixture = Mixture(space, config.mixture_size, len(data.label_names), config.in_chans, config.seed)
+    if config.init_from and not (resume and output and RunFolder(output).checkpoints()):
+        _start_from(config.init_from, mixture, config)
     strategy = BalancedMixture(
         len(space), config.mixture_size, config.max_sharpness, config.score_momentum, config.seed
     )
@@ -225,12 +227,12 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_mib": _peak_memory_mib(device),
         }
-        _checkpoint(folder, epoch + 1, trainers, strategy, accelerator, share)
         if accelerator.is_main_process:
-            folder.log(row)
+            folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
             folder.touch()
             _log.info("epoch %d/%d: loss %.3f, score accuracy %.3f, %.0f s", epoch + 1, config.epochs, row["loss"],
                       row["score_accuracy"], row["seconds"])  # fmt: skip
+        _checkpoint(folder, epoch + 1, trainers, strategy, accelerator, share)
 
     accuracy_matrix = _evaluate_all(mixture, share, score_split, data, config.eval_batch_size, config.seed, accelerator)
     if accelerator.is_main_process:
@@ -257,6 +259,25 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         folder.drop_checkpoints()
     accelerator.wait_for_everyone()
     return output
+
+
+def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
+    """Give supernets the weights of an earlier search; with other classes than there, classifiers stay fresh."""
+    result, weights = hub.load_supernets(name)
+    for key, there, here in (
+        ("model", result["model"], config.model),
+        ("mixture-size", result["mixture_size"], config.mixture_size),
+        ("in-chans", result["settings"]["in_chans"], config.in_chans),
+    ):
+        if there != here:
+            raise InputError(f"init-from {name} was searched with {key} {there}, not {here}: give --{key} {there}")
+    own = mixture.state_dict()
+    if len(result["dataset"]["label_names"]) != mixture.supernets[0].num_classes:
+        weights = {**weights, **{key: tensor for key, tensor in own.items() if ".fc." in key}}
+    try:
+        mixture.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"init-from {name}: its supernets do not have the weights of {config.model}") from None
 
 
 def _steps_per_epoch(images: int, config: SearchConfig, share: _Share) -> int:
@@ -367,15 +388,19 @@ def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m
 
     def run() -> None:
         given = vars(parser.parse_args(argv))
-        output, resume = given.pop("output", None), given.pop("resume", False)
+        output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
         recipe = given.get("recipe")
         if recipe is None and "dataset" not in given and not resume:
             recipe = "digits-resnet20"
         settings = {**(load_recipe(recipe, SearchConfig) if recipe else {}), **given}
+        if settings.get("init_from") and not resume:
+            settings["init_from"] = hub.pin(settings["init_from"])
         path = Path(output) if output else None
         folder = search(resolve_config(SearchConfig, settings, path, resume), path, resume)
         if PartialState().is_main_process:
             report.print_search(folder, command)
+            if target:
+                report.print_pushed(hub.push(folder, **target))
 
     return runtime.run_command(run)
 

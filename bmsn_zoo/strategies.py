@@ -71,7 +71,7 @@ class BalancedMixture:
         A process that owns only some supernets draws one of them uniformly, which balance makes exact, then the
         layout from p(layout | supernet).
         """
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((self.seed, step, 2))  # no stream of data.random_stream ends so
         assignment = self.assignment(progress).numpy()
         num_layouts, mixture_size = assignment.shape
         if len(owned) == mixture_size:
@@ -88,6 +88,8 @@ class BalancedMixture:
         return {"scores": self.scores.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["scores"].shape != self.scores.shape:
+            raise ValueError(f"scores of shape {tuple(state['scores'].shape)} are not {tuple(self.scores.shape)}")
         self.scores.copy_(state["scores"])
 
 

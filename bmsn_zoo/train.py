@@ -1,6 +1,7 @@
 """Training of one layout from scratch, to a folder that the Hub and timm take as it is."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -36,7 +37,9 @@ from .data import (
     stratified_split,
 )
 from .errors import InputError
+from .export import require_onnx
 from .layout import Layout
+from .model_folder import save_model
 from .models import PoolingResNet
 from .records import (
     SCHEMA_VERSION,
@@ -84,6 +87,11 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     """
     space = SearchSpace(config.model, config.layout)
     layout = space.default_layout
+    found = hub.load_search(config.from_search) if config.from_search else None
+    if found and str(layout) not in [entry["layout"] for entry in found["ranking"]]:
+        raise InputError(f"layout {layout} is none of those that the search {config.from_search} ranked")
+    if config.onnx:
+        require_onnx()
     accelerator = runtime.start(config, RunFolder(output).last_precision if output and resume else None)
     device, shard = accelerator.device, (accelerator.process_index, accelerator.num_processes)
     share, rest = divmod(config.batch_size, shard[1])
@@ -174,7 +182,6 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         if holdout is not None:
             with accelerator.autocast():
                 held_accuracy = evaluate(final, holdout, data, accelerator)["accuracy"]
-        _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)
         if accelerator.is_main_process:
             row = {
                 "epoch": epoch + 1,
@@ -189,6 +196,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
             held_text = "" if held_accuracy is None else f", held-out accuracy {held_accuracy:.4f}"
             _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
                       row["seconds"])  # fmt: skip
+        _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)
 
     final = create_network(config, layout, data).to(device)
     final.load_state_dict((ema.module if ema is not None else model).state_dict())
@@ -220,7 +228,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
             **folder.summary(),
         }
         write_json(output / "metrics.json", metrics)
-        _publishable(output, final, data, config)
+        _publishable(output, final, data, found, config.onnx)
         report.draw_training(output)
         folder.drop_checkpoints()
     accelerator.wait_for_everyone()
@@ -268,11 +276,10 @@ def evaluate(model: nn.Module, images: ImageSet, data: ImageData, accelerator: A
     return {"accuracy": correct / len(images), "loss": loss / len(images)}
 
 
-def _publishable(output: Path, final: PoolingResNet, data: ImageData, config: TrainConfig) -> None:
+def _publishable(output: Path, final: PoolingResNet, data: ImageData, found: dict[str, Any] | None, onnx: bool) -> None:
     """Write the model folder, read it back, and compare."""
     final = final.cpu().eval()
-    search = Path(config.from_search) / "search.json" if config.from_search else None
-    hub.save_model(output / "model", final, data.label_names, output / "metrics.json", search)
+    save_model(output / "model", final, data.label_names, output / "metrics.json", found, onnx)
     reloaded = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
     pixels, _ = next(data.images.batches([np.arange(min(8, len(data.images)))]))
     inputs = normalise(pixels, data.mean, data.std)
@@ -320,7 +327,7 @@ def settings_from_search(name: str, pick: str) -> dict[str, Any]:
     """Training settings that a finished search implies: its data, and the layout picked from its ranking.
 
     Args:
-        name: run folder of the search.
+        name: run folder of the search, or USER/REPO[@revision] on the Hub.
         pick: "best", "best_within_default_macs", or a layout that the search ranked.
     """
     result = hub.load_search(name)
@@ -328,9 +335,11 @@ def settings_from_search(name: str, pick: str) -> dict[str, Any]:
         layout = result[pick]["layout"]
     else:
         layout = str(Layout.parse(pick))
-        if layout not in result["layouts"]:
-            raise InputError(f"pick {layout} is none of the {len(result['layouts'])} layouts of this search")
-    inherited = {key: result["settings"][key] for key in _INHERITED}
+        if layout not in [entry["layout"] for entry in result["ranking"]]:
+            raise InputError(f"pick {layout} is none of the {len(result['ranking'])} layouts of this search")
+    inherited = {key: result["settings"].get(key) for key in _INHERITED}
+    if inherited["dataset_id"] and not os.path.exists(inherited["dataset"]):  # a local copy on another machine
+        inherited.update(dataset=inherited["dataset_id"], dataset_id=None)
     return {**inherited, "image_size": result["dataset"]["image_size"], "layout": layout}
 
 
@@ -346,6 +355,7 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
         return explicit
     if explicit.get("layout"):
         raise InputError("layout and from-search are both given: use --pick to choose a layout of the search")
+    explicit["from_search"] = hub.pin(explicit["from_search"])
     found = settings_from_search(explicit["from_search"], explicit.get("pick", "best"))
     used = hub.load_search(explicit["from_search"]).get("recipe")
     base = load_recipe(used, TrainConfig) if used in shipped_recipes() and not recipe else {}
@@ -358,12 +368,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         given = vars(parser.parse_args(argv))
-        output, resume = given.pop("output", None), given.pop("resume", False)
+        output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
         path = Path(output) if output else None
         config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
         folder = train(config, path, resume)
         if PartialState().is_main_process:
             report.print_training(folder)
+            if target:
+                report.print_pushed(hub.push(folder, **target))
 
     return runtime.run_command(run)
 

@@ -143,7 +143,7 @@ def test_unknown_setting():
 def test_settings_leave_out_the_environment(config_class):
     config = config_class()
     environment = set(config.as_dict()) - set(config.settings())
-    assert {"mixed_precision", "threads", "workers", "memory_limit"} <= environment
+    assert {"mixed_precision", "threads", "workers"} <= environment
     assert not environment & {"dataset", "image_size", "limit", "seed", "flip", "epochs", "batch_size", "lr", "opt"}
     assert build_config(config_class, yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
 
@@ -329,7 +329,7 @@ def test_resume_takes_the_settings_of_the_run(run_folder):
 
 def test_resume_may_change_the_environment(run_folder):
     folder, config = run_folder
-    given = {"threads": 1, "workers": 0, "memory_limit": 1.0, "mixed_precision": "no"}
+    given = {"threads": 1, "workers": 0, "mixed_precision": "no"}
     assert resolve_config(SearchConfig, given, folder, True) == dataclasses.replace(config, **given)
 
 

@@ -18,6 +18,8 @@ NAMES = timm.list_models("bmsn_*", include_tags=True)
 OTHER_LAYOUTS = {"bmsn_resnet20": ["1-1-8", "8-1-1", "3-3-2-2"]}
 CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS for v in OTHER_LAYOUTS[name]]
 each_case = pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda v: str(v or "default"))
+# exporting is slow
+each_export = pytest.mark.parametrize(("name", "layout"), [(n, None) for n in NAMES] + [("bmsn_resnet20", "8-1-1")])
 FEATURE_CLASSES = [None, "getter", "hook", "dict", "fx"]
 
 
@@ -314,7 +316,7 @@ def test_fx_forward_backward_and_script(name, layout):
     assert len(list(extractor.parameters())) == len(list(model.parameters()))
 
 
-@each_case
+@each_export
 def test_torch_export(name, layout):
     model = create(name, layout)
     x = images(model)
@@ -324,7 +326,7 @@ def test_torch_export(name, layout):
         close(program.module()(x), model(x), 1e-5)
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, None) for name in NAMES] + [("bmsn_resnet20", "8-1-1")])
+@each_export
 def test_onnx_export(name, layout, tmp_path):
     import onnxruntime
 

@@ -141,7 +141,9 @@ class PoolingResNet(nn.Module):
 
     @torch.jit.ignore
     def forward_unit(self, x: torch.Tensor, unit: int, downsample: bool) -> torch.Tensor:
-        """Run one unit of a supernet, downsampling its input or not; the supernet's layout is left undefined."""
+        """Run one unit of a supernet, downsampling its input or not; `set_layout` must follow before `forward`."""
+        if not self.searchable:
+            raise RuntimeError(f"this network has the fixed layout {self.layout}: only a supernet runs unit by unit")
         if unit == 0:
             return self.act1(self.bn1(self.conv1(x)))
         block = self.blocks[unit - 1]

@@ -1,0 +1,149 @@
+"""Model folders, each of them a Hub repository as it stands, and the zoo, which is a folder of them."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from .card import portable, write_card
+from .config import shipped_folder
+from .errors import InputError, first_line
+from .export import export_onnx
+from .models import PoolingResNet
+from .models.found import HUB_ORG
+from .records import read_json, write_json
+
+# all that a model folder may hold: no pickle is among it
+MODEL_FILES = (
+    "README.md",
+    "config.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "model.onnx",
+    "model.safetensors",
+    "search.json",
+)
+
+
+def save_model(
+    folder: Path,
+    model: PoolingResNet,
+    label_names: list[str],
+    metrics: Path,
+    search: dict[str, Any] | None = None,
+    onnx: bool = False,
+) -> None:
+    """Write everything that a Hub repository of one trained network holds.
+
+    Args:
+        folder: where to; made if needed.
+        model: trained, with a fixed layout.
+        label_names: one for every class.
+        metrics: the training's metrics.json.
+        search: result of the search that found the layout.
+        onnx: write model.onnx too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model.to(memory_format=torch.contiguous_format)  # safetensors asks for it
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": label_names},
+        model_args={"layout": model.layout},
+        safe_serialization=True,
+    )
+    write_json(folder / "metrics.json", portable(read_json(metrics)))
+    if search is not None:
+        write_json(folder / "search.json", portable(search))
+    write_card(folder)
+    if onnx:
+        export_onnx(model, folder / "model.onnx", label_names)
+        write_card(folder)  # tells of it
+
+
+def load_model(folder: Path) -> PoolingResNet:
+    """Load a model folder as timm does, in evaluation mode, and check that its files agree.
+
+    Raises:
+        InputError: if timm cannot load it, or config.json, metrics.json and the weights differ.
+    """
+    for name in ("config.json", "metrics.json", "model.safetensors", "README.md"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is no model folder: {name} is missing")
+    try:
+        model = timm.create_model(f"local-dir:{folder}").eval()
+        model.load_state_dict(load_file(folder / "model.safetensors"))  # never another file, as timm might
+    except Exception as error:
+        raise InputError(f"{folder} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+    metrics = read_json(folder / "metrics.json")
+    if not isinstance(model, PoolingResNet):
+        raise InputError(f"{folder} holds a {type(model).__name__}, which is none of our models")
+    if not isinstance(metrics, dict) or metrics.get("layout") != model.layout:
+        raise InputError(f"{folder}: the weights have the layout {model.layout}, which metrics.json does not")
+    if metrics.get("parameters") != sum(p.numel() for p in model.parameters()):
+        raise InputError(f"{folder}: the weights have other parameters than metrics.json counts")
+    return model
+
+
+def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None = None) -> Path:
+    """Make a model of the zoo from a finished training: `import bmsn_zoo` then registers it.
+
+    Args:
+        run: run folder of the training.
+        name: the timm name, such as bmsn_resnet20_mydata.
+        default: name of the model with the default layout in the zoo, trained in the same way, to compare with.
+        zoo: folder of model folders; hub_configs/ if None.
+
+    Returns:
+        the new folder.
+
+    Raises:
+        InputError: if the training is not finished, the name is taken, or `default` was trained in another way.
+    """
+    zoo, source = zoo or shipped_folder("hub_configs"), Path(run) / "model"
+    folder = zoo / name
+    if not re.fullmatch("bmsn_[a-z0-9_]+", name):
+        raise InputError(f"name {name!r} does not start with bmsn_, or has more than small letters, digits and _")
+    if folder.exists() or timm.is_model(name):
+        raise InputError(f"{name} exists already: remove {folder} first, or choose another name")
+    model, metrics = load_model(source), read_json(source / "metrics.json")
+    compared = _comparable(metrics, zoo / default) if default else None
+
+    partial = zoo / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        shutil.copyfile(source / "model.safetensors", partial / "model.safetensors")
+        shutil.copyfile(Path(run) / "metrics.jsonl", partial / "metrics.jsonl")
+        for file in ("metrics.json", "search.json"):
+            if (source / file).is_file():
+                write_json(partial / file, portable(read_json(source / file)))
+        config = read_json(source / "config.json")
+        config["pretrained_cfg"].update(hf_hub_id=f"{HUB_ORG}/{name}", hf_hub_filename="model.safetensors")
+        write_json(partial / "config.json", config)
+        export_onnx(model, partial / "model.onnx", config["label_names"])
+        write_card(partial, f"{HUB_ORG}/{name}", compared, name)
+        load_model(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _comparable(metrics: dict[str, Any], default: Path) -> dict[str, Any]:
+    """Metrics of the default model, if it was trained as the other was: same data, same settings but the layout."""
+    other = read_json(default / "metrics.json")
+    names = ["epochs", "batch_size", "opt", "lr", "min_lr", "sched", "warmup_epochs", "momentum", "weight_decay"]
+    names += ["label_smoothing", "mixup", "cutmix", "ema_decay", "drop_rate", "flip", "alternate_flip", "crop_padding"]
+    differing = [name for name in names if metrics["settings"].get(name) != other["settings"].get(name)]
+    differing += [
+        name for name in ("fingerprint", "test_fingerprint") if metrics["dataset"][name] != other["dataset"][name]
+    ]
+    if differing:
+        raise InputError(f"{default.name} is not comparable: it was trained with another {', '.join(differing)}")
+    return other

@@ -1,0 +1,40 @@
+"""A tiny search, two trainings and a zoo of both, made once for all test modules that ask."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bmsn_zoo import hub
+from bmsn_zoo import search as search_module
+from bmsn_zoo import train as train_module
+from bmsn_zoo.models.found import register_folder
+
+FOUND, DEFAULT = "bmsn_resnet20_compass", "bmsn_resnet20_compass_default"
+COMMON = ["--batch-size", "16", "--epochs", "1", "--mixed-precision", "no"]
+
+
+def run(module, *arguments):
+    """Call a command in this process; returns its exit code."""
+    return module.main([*map(str, arguments)])
+
+
+@functools.cache
+def make(data: Path) -> SimpleNamespace:
+    """Folders of the runs on these images, beside them, and of the zoo, whose two models are registered."""
+    base = data.parent / "runs"
+    base.mkdir()
+    search, found, default, zoo = (base / name for name in ("search", "found", "default", "zoo"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(base / "bmsn_zoo" / "search.py"), "--dataset", str(data), "--lr", "0.05"])
+        assert run(search_module, "--dataset", data, *COMMON, "--mixture-size", 2, "--output", search) == 0
+        patch.setattr("sys.argv", [str(base / "train.py"), "--output", str(found), "--from-search", str(search)])
+        assert run(train_module, "--from-search", search, *COMMON, "--onnx", "--output", found) == 0
+        patch.setattr("sys.argv", ["train.py", "--layout", "4-3-3", f"--dataset={data}", "--resume"])
+        assert run(train_module, "--dataset", data, *COMMON, "--layout", "4-3-3", "--output", default) == 0
+    hub.add(default, DEFAULT, zoo=zoo)
+    hub.add(found, FOUND, default=DEFAULT, zoo=zoo)
+    for name in (FOUND, DEFAULT):
+        register_folder(zoo / name)
+    return SimpleNamespace(base=base, search=search, found=found, default=default, zoo=zoo)

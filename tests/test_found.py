@@ -1,0 +1,292 @@
+"""Folders of the zoo as timm models: those of a small zoo made here, and all that we ship."""
+
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import DEFAULT, FOUND, make
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from bmsn_zoo import InputError, Layout
+from bmsn_zoo.config import shipped_folder
+from bmsn_zoo.export import export_onnx, require_onnx
+from bmsn_zoo.model_folder import MODEL_FILES, load_model
+from bmsn_zoo.models.found import _register_all, register_folder
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
+pytestmark = pytest.mark.timeout(120)
+each_model = pytest.mark.parametrize("name", [FOUND, DEFAULT, *SHIPPED])
+
+
+@pytest.fixture(scope="module")
+def runs(image_folder):
+    return make(image_folder)
+
+
+@pytest.fixture
+def folder(name, runs):
+    return shipped_folder("hub_configs") / name if name in SHIPPED else runs.zoo / name
+
+
+def images(model, batch=2):
+    return torch.randn(batch, *model.pretrained_cfg["input_size"])
+
+
+@each_model
+def test_a_folder_is_a_timm_model(name, folder):
+    assert name in timm.list_models("bmsn_*")
+    assert name in timm.list_models("bmsn_*", pretrained=True)
+    assert name in timm.list_pretrained("bmsn_resnet20_*")
+    model = timm.create_model(name, pretrained=True).eval()  # the tests run with HF_HUB_OFFLINE=1
+    same = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(model(x), same(x))
+    state, stored = model.state_dict(), load_file(folder / "model.safetensors")
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[key], stored[key]) for key in stored)
+    assert not torch.equal(timm.create_model(name).fc.weight, model.fc.weight)
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == model.pretrained_cfg["architecture"] == "bmsn_resnet20"
+    assert model.layout == str(Layout.parse(config["model_args"]["layout"]))
+    assert len(config["label_names"]) == config["num_classes"] == model.num_classes
+    assert model.pretrained_cfg["label_names"] == config["label_names"]
+    assert model.pretrained_cfg["hf_hub_id"] == config["pretrained_cfg"]["hf_hub_id"] == f"bmsn-zoo/{name}"
+
+
+@each_model
+def test_the_layout_is_fixed_and_everything_else_is_not(name, folder):
+    layout = timm.create_model(name).layout
+    other = "1-1-8" if layout != "1-1-8" else "8-1-1"
+    for same in (layout, Layout.parse(layout), list(Layout.parse(layout).units_per_scale)):
+        assert timm.create_model(name, layout=same).layout == layout
+    with pytest.raises(InputError, match=f"has the layout {layout}, not {other}: use bmsn_resnet20"):
+        timm.create_model(name, layout=other)
+
+    stored = load_file(folder / "model.safetensors")
+    model = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1, drop_rate=0.5, global_pool="max")
+    assert (model.fc.out_features, model.drop_rate, model.conv1.in_channels) == (7, 0.5, 1)
+    # gray images are as bright as colour ones whose channels are equal
+    torch.testing.assert_close(model.conv1.weight, stored["conv1.weight"].sum(1, keepdim=True))
+    assert torch.equal(model.blocks[8].conv2.weight, stored["blocks.8.conv2.weight"])
+    assert timm.create_model(name, pretrained=True, num_classes=0)(images(model)).shape == (2, 64)
+    assert timm.create_model(name, pretrained_cfg_overlay={"crop_pct": 0.5}).pretrained_cfg["crop_pct"] == 0.5
+    with pytest.raises(TypeError, match="nothing"):
+        timm.create_model(name, nothing=1)
+
+
+@each_model
+def test_contract(name, folder):
+    """What timm's own tests ask; test_timm_contract.py asks more, of every name that is registered when it starts."""
+    model = timm.create_model(name, pretrained=True).eval()
+    x = images(model)
+    logits, features = model(x), model.forward_features(x)
+    assert features.shape == (2, model.num_features, *model.default_cfg["pool_size"])
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, features)
+    for feature_cls in (None, "getter", "hook", "fx"):
+        kwargs = dict(feature_cls=feature_cls) if feature_cls else {}
+        backbone = timm.create_model(name, pretrained=True, features_only=True, **kwargs).eval()
+        assert all(torch.equal(a, b) for a, b in zip(backbone(x), maps, strict=True))
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(timm.create_model(name, pretrained=True, scriptable=True).eval()), buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(x), logits)
+    node = get_graph_node_names(model)[1][-1]
+    assert torch.equal(create_feature_extractor(model, return_nodes=[node])(x)[node], logits)
+    trained = timm.create_model(name, num_classes=42).train()
+    trained(x).mean().backward()
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+
+
+@each_model
+def test_the_hub_wins_over_the_folder_when_asked(name, folder, monkeypatch):
+    def where(**kwargs):
+        cfg = timm.create_model(name, **kwargs).pretrained_cfg
+        return cfg["hf_hub_id"], cfg.get("file")
+
+    assert where() == (f"bmsn-zoo/{name}", str(folder / "model.safetensors"))
+    assert where(hub_org="mine") == (f"mine/{name}", None)
+    monkeypatch.setenv("BMSN_ZOO_HUB_ORG", "ours")
+    assert where() == (f"ours/{name}", None)
+    assert where(hub_org="mine") == (f"mine/{name}", None)
+
+
+@pytest.mark.skipif(not hasattr(timm.models._builder, "_init_model_traits"), reason="timm before 1.0.31 saves less")
+def test_a_copy_saved_by_timm_keeps_its_layout(runs, tmp_path):
+    model = timm.create_model(FOUND, pretrained=True, num_classes=7).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(again(x), model(x))
+
+
+def test_weights_may_be_on_the_hub_alone(runs, tmp_path):
+    copy = tmp_path / "bmsn_resnet20_remote"
+    copy.mkdir()
+    (copy / "config.json").write_text((runs.zoo / FOUND / "config.json").read_text())
+    register_folder(copy)
+    assert copy.name in timm.list_models(pretrained=True)
+    assert timm.create_model(copy.name).pretrained_cfg.get("file") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "resnet18"},
+        {"architecture": ["bmsn_resnet20"]},
+        {"model_args": {"layout": "4-3-4"}},
+        {"model_args": {"layout": [-4, 7, 7]}},
+        {"model_args": {"layout": [[4], 3, 3]}},
+        {"model_args": {}},
+        {"model_args": 3},
+        {"pretrained_cfg": {"surprise": 1}},
+        {"num_classes": None, "label_names": None, "pretrained_cfg": None},
+    ],
+)
+def test_a_folder_that_is_not_ours_is_refused(change, runs, tmp_path):
+    config = {**json.loads((runs.zoo / FOUND / "config.json").read_text()), **change}
+    copy = tmp_path / "bmsn_resnet20_bad"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is not the folder of a found model"):
+        register_folder(copy)
+    assert copy.name not in timm.list_models()
+
+
+def test_a_broken_folder_does_not_break_the_import(tmp_path, monkeypatch):
+    (tmp_path / "bmsn_resnet20_bad").mkdir()
+    (tmp_path / "bmsn_resnet20_bad" / "config.json").write_text("{")
+    monkeypatch.setattr("bmsn_zoo.models.found.shipped_folder", lambda name: tmp_path)
+    with pytest.warns(UserWarning, match="bmsn_resnet20_bad"):
+        _register_all()
+
+
+# what a folder holds
+
+
+@each_model
+def test_a_folder_is_whole_and_says_nothing_of_its_machine(name, folder, runs):
+    present = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "model.onnx", "metrics.json", "README.md"} <= present <= {*MODEL_FILES}
+    load_model(folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == metrics["test_accuracy"]
+    assert "fraction of 1" in result.metric_name
+    assert f"{100 * metrics['test_accuracy']:.2f} %" in card.text
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        for path in (runs.base, ROOT, Path.home(), Path(sys.prefix), Path(torch.__file__).parent):
+            assert str(path).encode() not in content, f"{file} names {path}"
+    for file in ("metrics.json", "search.json", "README.md"):
+        text = (folder / file).read_text() if file in present else ""
+        assert "/tmp/" not in text
+        assert "../" not in text
+
+
+@each_model
+def test_onnx_gives_the_same_logits(name, folder):
+    model = timm.create_model(name, pretrained=True).eval()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = images(model, batch)
+        (logits,) = session.run(["logits"], {"images": x.numpy()})
+        np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+    about, cfg = session.get_modelmeta().custom_metadata_map, model.pretrained_cfg
+    assert about["layout"] == model.layout
+    for key in ("mean", "std", "input_size", "label_names"):
+        assert json.loads(about[key]) == list(cfg[key])
+    # preparing an image by these metadata is what timm's transform does
+    side, mode = cfg["input_size"][-1], "RGB" if cfg["input_size"][0] == 3 else "L"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8)).convert(mode)
+    pixels = np.asarray(image).reshape(side, side, -1) / 255
+    inputs = ((pixels - json.loads(about["mean"])) / json.loads(about["std"])).transpose(2, 0, 1)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    np.testing.assert_allclose(inputs, transform(image).numpy(), atol=1e-6)
+
+
+def test_onnx_has_the_same_bytes_every_time(runs):
+    files = [folder / "model.onnx" for folder in (runs.zoo / FOUND, runs.found / "model")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    onnx.checker.check_model(files[0], full_check=True)
+
+
+def test_onnx_of_gray_images(tmp_path):
+    export_onnx(
+        timm.create_model("bmsn_resnet20", in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}),
+        tmp_path / "gray.onnx",
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "gray.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
+    assert "gray" in session.get_modelmeta().custom_metadata_map["images"]
+
+
+def test_onnx_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"pip install 'bmsn_zoo\[onnx\]'"):
+        require_onnx()
+
+
+# adding to the zoo
+
+
+def test_add_refuses_what_would_mislead(runs, tmp_path):
+    from bmsn_zoo.hub import add
+
+    before = {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()}
+    for name, message in ((FOUND, "exists already"), ("resnet20", "does not start with bmsn_"), ("bmsn_../x", "small")):
+        with pytest.raises(InputError, match=message):
+            add(runs.found, name, zoo=runs.zoo)
+    with pytest.raises(InputError, match="exists already"):
+        add(runs.found, "bmsn_resnet20", zoo=runs.zoo)
+    with pytest.raises(InputError, match=r"is no model folder: config.json is missing"):
+        add(tmp_path, "bmsn_resnet20_new", zoo=runs.zoo)
+    other = tmp_path / "other"
+    other.mkdir()
+    metrics = json.loads((runs.zoo / DEFAULT / "metrics.json").read_text())
+    metrics["settings"]["epochs"], metrics["dataset"]["test_fingerprint"] = 2, "another"
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    (runs.zoo / "other").symlink_to(other)
+    try:
+        with pytest.raises(InputError, match="other is not comparable: it was trained with another epochs, test_"):
+            add(runs.found, "bmsn_resnet20_new", default="other", zoo=runs.zoo)
+    finally:
+        (runs.zoo / "other").unlink()
+    assert {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", ["weights", "layout", "metrics", "pickle"])
+def test_a_damaged_model_folder_is_refused(damage, runs, tmp_path):
+    source, copy = runs.zoo / FOUND, tmp_path / "model"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    if damage == "weights":
+        (copy / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
+    elif damage == "pickle":
+        torch.save(load_file(source / "model.safetensors"), copy / "model.safetensors")
+    else:
+        file, part = ("config.json", "model_args") if damage == "layout" else ("metrics.json", None)
+        content = json.loads((copy / file).read_text())
+        (content[part] if part else content)["layout"] = "3-4-3"
+        (copy / file).write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught, warnings.catch_warnings():
+        load_model(copy)
+    assert str(caught.value).startswith(str(copy))
+    assert "\n" not in str(caught.value)
