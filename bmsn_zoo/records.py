@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from .config import ConfigT, build_config
 from .errors import InputError
 
+_log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 RUNS = Path("runs")
 
@@ -46,11 +49,11 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def new_output(kind: str) -> Path:
-    """A folder name for a new run of this kind, after the time of day."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = RUNS / f"{kind}-{stamp}"
-    return path if not path.exists() else RUNS / f"{kind}-{stamp}-{os.getpid()}"
+def open_run(kind: str, output: Path | None) -> "RunFolder":
+    """The folder of a run, a new one under runs/ if None; the same on every process."""
+    stamp = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    new = RUNS / (stamp if not (RUNS / stamp).exists() else f"{stamp}-{os.getpid()}")
+    return RunFolder(Path(broadcast_object_list([str(output or new)])[0]))
 
 
 def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: Path | None, resume: bool) -> ConfigT:
@@ -105,7 +108,7 @@ class RunFolder:
         return "no" if self.segments[-1]["precision"] == "fp32" else self.segments[-1]["precision"]
 
     def begin(self, config: Any, segment: dict[str, Any]) -> list[str]:
-        """Write the config and the record of a new segment of the run.
+        """Write the config and the record of a new segment of the run, and drop what it will compute again.
 
         Returns:
             what differs from the segment before, one sentence each.
@@ -124,6 +127,9 @@ class RunFolder:
         self.segments.append({**segment, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": 0.0})
         self._started = time.monotonic()
         write_json(self.path / "segments.json", self.segments)
+        self.keep_epochs(segment["epoch"])
+        for note in notes:
+            _log.warning(note)
         return notes
 
     def touch(self) -> None:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -43,7 +42,7 @@ from .records import (
     SCHEMA_VERSION,
     RunFolder,
     load_training_state,
-    new_output,
+    open_run,
     resolve_config,
     save_training_state,
     write_json,
@@ -151,14 +150,12 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     trainers = {m: _prepare(mixture.supernets[m], config, steps, share, accelerator) for m in share.owned}
     augment = Augmentation(config.crop_padding, config.flip)
 
-    output = Path(broadcast_object_list([str(output or new_output("search"))])[0])
-    folder = RunFolder(output)
+    folder = open_run("search", output)
+    output = folder.path
     start_epoch = _restore(folder, trainers, strategy, accelerator) if resume else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for note in folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch}):
-            _log.warning(note)
-        folder.keep_epochs(start_epoch)
+        folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch})
 
     for epoch in range(start_epoch, config.epochs):
         started = time.monotonic()

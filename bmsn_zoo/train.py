@@ -13,7 +13,6 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
@@ -46,7 +45,7 @@ from .records import (
     RunFolder,
     find_latest_search,
     load_training_state,
-    new_output,
+    open_run,
     resolve_config,
     save_training_state,
     write_json,
@@ -137,14 +136,12 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         )
     criterion = SoftTargetCrossEntropy() if mix else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
-    output = Path(broadcast_object_list([str(output or new_output("train"))])[0])
-    folder = RunFolder(output)
+    folder = open_run("train", output)
+    output = folder.path
     start_epoch = _restore(folder, model, optimizer, ema, accelerator) if resume else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for note in folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch}):
-            _log.warning(note)
-        folder.keep_epochs(start_epoch)
+        folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch})
 
     for epoch in range(start_epoch, config.epochs):
         started = time.monotonic()

@@ -14,7 +14,7 @@ from bmsn_zoo.records import (
     RunFolder,
     find_latest_search,
     load_training_state,
-    new_output,
+    open_run,
     read_json,
     save_training_state,
     write_json,
@@ -22,7 +22,14 @@ from bmsn_zoo.records import (
 )
 
 SEGMENT = dict(
-    processes=1, threads=2, precision="fp32", device="cpu", hardware="a CPU", versions={"torch": "2"}, commit="c"
+    processes=1,
+    epoch=0,
+    threads=2,
+    precision="fp32",
+    device="cpu",
+    hardware="a CPU",
+    versions={"torch": "2"},
+    commit="c",
 )
 
 
@@ -89,9 +96,9 @@ def test_latest_search(tmp_path, monkeypatch):
 def test_new_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bmsn_zoo.records.time, "strftime", lambda _: "20300101-120000")
-    first = new_output("search")
+    first = open_run("search", None).path
     first.mkdir(parents=True)
-    assert new_output("search") != first
+    assert open_run("search", None).path != first
     assert first.name == "search-20300101-120000"
 
 
