@@ -1,7 +1,6 @@
 """The search: a balanced mixture of supernets over pooling layouts, top to bottom (arXiv:2306.11982)."""
 
 import logging
-import resource
 import sys
 import time
 from collections import deque
@@ -372,9 +371,13 @@ def _restore(
     return epoch
 
 
-def _peak_memory_mib(device: torch.device) -> int:
+def _peak_memory_mib(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)
 
