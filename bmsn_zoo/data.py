@@ -235,10 +235,10 @@ class DataSource:
 
     def _labels(self, source: datasets.Dataset) -> np.ndarray:
         """Class index of every row, int64."""
-        table = source.data.table if source._indices is None else source.flatten_indices().data.table
-        if table.column(self.label_column).null_count:
+        column = source.select_columns([self.label_column])
+        if len(source) and column.with_format("arrow")[:].column(0).null_count:
             raise InputError(f"dataset {self.config.dataset!r} has unlabelled images: choose a split that has labels")
-        values = source.with_format("numpy")[self.label_column][:]
+        values = column.with_format("numpy")[:][self.label_column]
         if isinstance(source.features[self.label_column], datasets.ClassLabel):
             labels = np.asarray(values, dtype=np.int64)
         else:
