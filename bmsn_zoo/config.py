@@ -182,14 +182,9 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / name
 
 
-def recipe_folder() -> Path:
-    """Where the recipes lie."""
-    return shipped_folder("recipes")
-
-
 def shipped_recipes() -> dict[str, Path]:
     """Files of the recipes that we ship, by name."""
-    return {file.stem: file for file in sorted(recipe_folder().glob("*.yaml"))}
+    return {file.stem: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
 
 
 def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:

@@ -320,14 +320,13 @@ def _restore(
     return epoch
 
 
-def settings_from_search(name: str, pick: str) -> dict[str, Any]:
+def settings_from_search(result: dict[str, Any], pick: str) -> dict[str, Any]:
     """Training settings that a finished search implies: its data, and the layout picked from its ranking.
 
     Args:
-        name: run folder of the search, or USER/REPO[@revision] on the Hub.
+        result: of the search, as `hub.load_search` gives it.
         pick: "best", "best_within_default_macs", or a layout that the search ranked.
     """
-    result = hub.load_search(name)
     if pick in ("best", "best_within_default_macs"):
         layout = result[pick]["layout"]
     else:
@@ -353,8 +352,8 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
     if explicit.get("layout"):
         raise InputError("layout and from-search are both given: use --pick to choose a layout of the search")
     explicit["from_search"] = hub.pin(explicit["from_search"])
-    found = settings_from_search(explicit["from_search"], explicit.get("pick", "best"))
-    used = hub.load_search(explicit["from_search"]).get("recipe")
+    result = hub.load_search(explicit["from_search"])
+    found, used = settings_from_search(result, explicit.get("pick", "best")), result.get("recipe")
     base = load_recipe(used, TrainConfig) if used in shipped_recipes() and not recipe else {}
     return {**base, **found, **explicit}
 

@@ -14,7 +14,7 @@ from bmsn_zoo.config import (
     build_config,
     build_parser,
     load_recipe,
-    recipe_folder,
+    shipped_folder,
 )
 from bmsn_zoo.records import resolve_config
 
@@ -31,7 +31,7 @@ CONFIGS = [SearchConfig, TrainConfig]
 FIELDS = [pytest.param(c, f, id=f"{c.__name__}-{f.name}") for c in CONFIGS for f in dataclasses.fields(c)]
 each_config = pytest.mark.parametrize("config_class", CONFIGS)
 each_field = pytest.mark.parametrize(("config_class", "field"), FIELDS)
-SHIPPED = sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+SHIPPED = sorted(file.stem for file in shipped_folder("recipes").glob("*.yaml"))
 
 
 def refused(config_class, **values):
@@ -164,7 +164,7 @@ def recipe(tmp_path):
 @each_config
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes(name, config_class):
-    by_name, file = load_recipe(name, config_class), str(recipe_folder() / f"{name}.yaml")
+    by_name, file = load_recipe(name, config_class), str(shipped_folder("recipes") / f"{name}.yaml")
     assert load_recipe(file, config_class) == {**by_name, "recipe": file}
     assert build_config(config_class, by_name) != config_class()
 
