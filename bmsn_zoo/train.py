@@ -28,14 +28,13 @@ from .data import (
     Augmentation,
     DataSource,
     ImageData,
-    ImageSet,
-    even_batches,
     normalise,
     random_stream,
     shuffled_batches,
     stratified_split,
 )
 from .errors import InputError
+from .evaluate import evaluate
 from .export import require_onnx
 from .layout import Layout
 from .model_folder import save_model
@@ -53,7 +52,6 @@ from .records import (
 from .search_space import SearchSpace
 
 _log = logging.getLogger(__name__)
-_EVAL_BATCH = 250
 _INHERITED = (
     "dataset",
     "dataset_id",
@@ -178,7 +176,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         held_accuracy = None
         if holdout is not None:
             with accelerator.autocast():
-                held_accuracy = evaluate(final, holdout, data, accelerator)["accuracy"]
+                held_accuracy = evaluate(final, holdout, data.mean, data.std, accelerator)["accuracy"]
         if accelerator.is_main_process:
             row = {
                 "epoch": epoch + 1,
@@ -199,7 +197,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     final.load_state_dict((ema.module if ema is not None else model).state_dict())
     with PartialState().local_main_process_first():
         test = source.test()
-    measured = evaluate(final, test.images, data, accelerator)
+    measured = evaluate(final, test.images, data.mean, data.std, accelerator)
     if accelerator.is_main_process:
         folder.touch()
         metrics = {
@@ -249,28 +247,6 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
             "std": data.std,
         },
     )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: ImageSet, data: ImageData, accelerator: Accelerator) -> dict[str, float]:
-    """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
-
-    Args:
-        model: on the accelerator's device; left in evaluation mode.
-        images: the split; every process takes some of its batches.
-        data: whose mean and deviation normalise the images.
-    """
-    model.eval()
-    order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
-    order = order[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
-    for pixels, labels in images.batches(order):
-        logits = model(normalise(pixels.to(accelerator.device), data.mean, data.std)).float()
-        labels = labels.to(accelerator.device)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
-    correct, loss = accelerator.reduce(sums, "sum").tolist()
-    return {"accuracy": correct / len(images), "loss": loss / len(images)}
 
 
 def _publishable(output: Path, final: PoolingResNet, data: ImageData, found: dict[str, Any] | None, onnx: bool) -> None:

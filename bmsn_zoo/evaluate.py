@@ -1,0 +1,103 @@
+"""Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from . import runtime
+from .config import Parser, TrainConfig, build_config, shipped_folder
+from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
+from .errors import InputError
+from .model_folder import load_model
+from .records import read_json
+
+_log = logging.getLogger(__name__)
+_EVAL_BATCH = 250
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float], accelerator: Accelerator
+) -> dict[str, float]:
+    """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
+
+    Args:
+        model: on the accelerator's device; left in evaluation mode.
+        images: the split; every process takes some of its batches.
+        mean: of every channel, a fraction of full brightness.
+        std: of every channel.
+        accelerator: whose device and processes to use.
+    """
+    model.eval()
+    order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
+    order = order[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
+    for pixels, labels in images.batches(order):
+        logits = model(normalise(pixels.to(accelerator.device), mean, std)).float()
+        labels = labels.to(accelerator.device)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
+    correct, loss = accelerator.reduce(sums, "sum").tolist()
+    return {"accuracy": correct / len(images), "loss": loss / len(images)}
+
+
+def measure(name: str, dataset: str | None = None) -> dict[str, float]:
+    """Measure a published accuracy again, in float32, on the test images that its metrics.json names.
+
+    Args:
+        name: a model of the zoo, or a model folder.
+        dataset: where its data set is, if not where it was trained from: a Hub id, or a local folder.
+
+    Returns:
+        `accuracy` as measured and `recorded` in metrics.json, fractions, and `images`, their number.
+
+    Raises:
+        InputError: if there is no such model, or its data set cannot be read.
+    """
+    zoo = shipped_folder("hub_configs") / name
+    known = timm.is_model(name) and zoo.is_dir()
+    folder = zoo if known else Path(name)
+    model = timm.create_model(name, pretrained=True) if known else load_model(folder)
+    metrics = read_json(folder / "metrics.json")
+    settings = {**metrics["settings"], "limit": None, "mixed_precision": "no"}
+    if dataset is not None or not os.path.exists(settings["dataset"]):  # trained from a local copy
+        settings["dataset"] = dataset or settings["dataset_id"] or settings["dataset"]
+    config = build_config(TrainConfig, settings)
+    accelerator = runtime.start(config)
+    test = DataSource(config, torch.get_num_threads()).test()
+    if test.fingerprint != metrics["dataset"]["test_fingerprint"]:
+        _log.warning("%s: these are not the test images that it was measured on", name)
+    cfg: Any = model.pretrained_cfg
+    if len(test.label_names) != model.num_classes:
+        raise InputError(f"{name} knows {model.num_classes} classes, {config.dataset} has {len(test.label_names)}")
+    measured = evaluate(model.to(accelerator.device), test.images, cfg["mean"], cfg["std"], accelerator)
+    return {"accuracy": measured["accuracy"], "recorded": metrics["test_accuracy"], "images": len(test.images)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m bmsn_zoo.evaluate", description=__doc__)
+    parser.add_argument("model", help="a model of the zoo, or a model folder")
+    parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
+
+    def run() -> None:
+        given = parser.parse_args(argv)
+        found = measure(given.model, given.dataset)
+        sys.stdout.write(
+            f"{given.model}: {found['accuracy']:.2%} of {found['images']} test images are classified correctly, "
+            f"{found['recorded']:.2%} by its record\n"
+        )
+
+    return runtime.run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Accuracies measured again from published files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import make, run
+
+from bmsn_zoo import evaluate
+from bmsn_zoo.config import shipped_folder
+
+DATASETS = Path(__file__).parents[2] / "shared" / "datasets"  # real images, where they lie beside the checkout
+SHIPPED = sorted(file.parent for file in shipped_folder("hub_configs").glob("*/config.json"))
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def runs(image_folder):
+    return make(image_folder)
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_a_model_of_the_zoo_is_as_accurate_as_its_card_says(folder):
+    dataset = DATASETS / json.loads((folder / "metrics.json").read_text())["dataset"]["id"].split("/")[-1]
+    if not dataset.is_dir():
+        pytest.skip("its data set is not here")
+    measured = evaluate.measure(folder.name, str(dataset))
+    assert measured["images"] == 10_000
+    assert measured["accuracy"] == pytest.approx(measured["recorded"], abs=3e-4)  # processors round differently
+
+
+def test_the_command(runs, image_folder, capsys):
+    recorded = json.loads((runs.found / "model" / "metrics.json").read_text())
+    assert run(evaluate, runs.found / "model", "--dataset", image_folder) == 0
+    accuracy = f"{recorded['test_accuracy']:.2%}"
+    expected = f"{accuracy} of {recorded['test_images']} test images are classified correctly, {accuracy} by its record"
+    assert expected in capsys.readouterr().out
+
+
+def test_other_weights_are_measured_as_they_are(runs, image_folder, tmp_path):
+    folder = shutil.copytree(runs.found / "model", tmp_path / "model")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "test_accuracy": 0.123}))
+    measured = evaluate.measure(str(folder), str(image_folder))
+    assert measured["recorded"] == 0.123
+    assert measured["accuracy"] == metrics["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["bmsn_nothing"], "no model folder"), ([SHIPPED[0].name, "--dataset", "digits-of-mine/"], "digits-of-mine")],
+)
+def test_mistakes_end_in_one_line(arguments, message, capsys):
+    assert run(evaluate, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_other_classes_are_refused(image_folder, capsys):
+    assert (
+        run(
+            evaluate,
+            SHIPPED[0].name,
+            "--dataset",
+            image_folder,
+        )
+        == 2
+    )
+    assert "classes" in capsys.readouterr().err
