@@ -91,6 +91,9 @@ class SearchConfig(DataConfig):
     epochs: int = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
+    evaluate_every: int = setting(
+        0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0, environment=True
+    )
     opt: str = setting("sgd", "timm optimizer")
     lr: float = setting(0.1, "learning rate at the start", 0)
     min_lr: float = setting(0.001, "learning rate at the end of its cosine decay", 0)

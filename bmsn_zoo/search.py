@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,6 +149,9 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     )
     trainers = {m: _prepare(mixture.supernets[m], config, steps, share, accelerator) for m in share.owned}
     augment = Augmentation(config.crop_padding, config.flip)
+    evaluate_all = partial(
+        _evaluate_all, mixture, share, score_split, data, config.eval_batch_size, config.seed, accelerator
+    )
 
     folder = open_run("search", output)
     output = folder.path
@@ -223,6 +227,9 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_mib": _peak_memory_mib(device),
         }
+        if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
+            so_far = evaluate_all().amax(1).tolist()
+            row["accuracy"] = {str(layout): value for layout, value in zip(space, so_far, strict=True)}
         if accelerator.is_main_process:
             folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
             folder.touch()
@@ -230,7 +237,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
                       row["score_accuracy"], row["seconds"])  # fmt: skip
         _checkpoint(folder, epoch + 1, trainers, strategy, accelerator, share)
 
-    accuracy_matrix = _evaluate_all(mixture, share, score_split, data, config.eval_batch_size, config.seed, accelerator)
+    accuracy_matrix = evaluate_all()
     if accelerator.is_main_process:
         for m in set(range(len(mixture))) - set(share.owned):  # the other owners' last checkpoints are theirs
             load_training_state(folder.checkpoints()[-1] / f"supernet-{m}.safetensors", mixture.supernets[m])

@@ -8,16 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from scipy.stats import kendalltau
 
 import bmsn_zoo
 from bmsn_zoo import search as search_module
 from bmsn_zoo import train as train_module
 from bmsn_zoo.assignment import usage
-from bmsn_zoo.data import normalise, to_pixels
+from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.data import DataSource, normalise, to_pixels
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--mixture-size", "2", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
@@ -105,6 +108,40 @@ def test_equal_seeds_agree_bit_for_bit_and_others_differ(searched, image_folder,
     other = search(image_folder, tmp_path / "other", "--seed", 1)
     assert found(again) == found(searched[1])
     assert found(other) != found(searched[1])
+
+
+def test_evaluating_in_between_changes_nothing(searched, image_folder, tmp_path):
+    watched = search(image_folder, tmp_path / "run", "--evaluate-every", 1)
+    assert found(watched) == found(searched[1])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(rows[0]["accuracy"]) == watched["layouts"]
+    assert all(0 < accuracy <= 1 for accuracy in rows[0]["accuracy"].values())
+    assert "accuracy" not in rows[1], "search.json has that of the last epoch"
+
+
+def test_bf16_ranks_a_trained_mixture_as_float32_does(tmp_path):
+    search("digits", tmp_path / "run", "--batch-size", 64, "--epochs", 4)
+    space = bmsn_zoo.SearchSpace("bmsn_resnet20")
+    mixture = search_module.Mixture(space, 2, 10, 3, seed=0)
+    mixture.load_state_dict(load_file(tmp_path / "run" / "supernets.safetensors"))
+    data = DataSource(SearchConfig(), 1).train()
+    score = data.images.select(load_file(tmp_path / "run" / "split.safetensors")["score_rows"].numpy())
+    accuracy = {}
+    for kind in (torch.float32, torch.bfloat16):
+        columns = []
+        for supernet in mixture.supernets:
+            supernet.to(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+                columns += [
+                    search_module.count_correct(supernet, space, normalise(pixels, data.mean, data.std), labels)
+                    for pixels, labels in score.batches([np.arange(len(score))])
+                ]
+        accuracy[kind] = (torch.stack(columns, 1) / len(score)).amax(1)
+    full, half = accuracy.values()
+    assert float(full.max() - full.min()) > 0.1, "nothing to rank"
+    assert float((full - half).abs().mean()) < 0.01
+    assert kendalltau(full, half).statistic > 0.9
+    assert float(full[half.argmax()]) > float(full.max()) - 0.01
 
 
 @pytest.mark.parametrize("script", ["search.py", "train.py"])
