@@ -1,5 +1,6 @@
 """Any Hugging Face image data set to splits, and splits to augmented batches on the device."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -15,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.model_selection import train_test_split
@@ -44,7 +45,9 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
     The rule: turned upright as its EXIF data says; transparency laid on white; 16-bit gray scaled down to 8; made
     RGB or gray; the shorter side resized to `size` (bicubic), then the middle square cut out.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()  # EXIF data may come last
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         scaled = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
@@ -52,7 +55,9 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if in_chans == 3 else "L")
+    mode = "RGB" if in_chans == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, in_chans)
@@ -62,11 +67,15 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
-def _open(value: dict[str, Any] | None) -> Image.Image:
-    """An image as a data set stores it undecoded: bytes, or a path."""
+def _open(value: dict[str, Any] | None, likely: str | None = None) -> Image.Image:
+    """An image as a data set stores it undecoded: bytes, or a path; `likely` is a format to try before all others."""
     if value is None or not (value["bytes"] or value["path"]):
         raise ValueError("there is none")
-    return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
+    file = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+    if likely in ("JPEG", "PNG", "WEBP"):  # told from all others by their first bytes
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(file, formats=[likely])
+    return Image.open(file)
 
 
 class _RowReader(Dataset):
@@ -75,6 +84,7 @@ class _RowReader(Dataset):
     def __init__(self, source: datasets.Dataset, column: str, size: int, in_chans: int) -> None:
         self.source = source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.column, self.size, self.in_chans = column, size, in_chans
+        self.likely: str | None = None  # the format of the last image
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,7 +95,8 @@ class _RowReader(Dataset):
 
     def _read(self, row: int, value: dict[str, Any] | None) -> np.ndarray | str:
         try:
-            with _open(value) as image:
+            with _open(value, self.likely) as image:
+                self.likely = image.format
                 return to_pixels(image, self.size, self.in_chans)
         except _IMAGE_ERRORS as error:
             return f"the image in row {row} cannot be read: {first_line(error)}"

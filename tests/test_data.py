@@ -329,6 +329,19 @@ def test_unreadable_image_is_named(tmp_path, bad, row, memory_limit):
     assert "\n" not in str(caught.value)
 
 
+def test_formats_may_differ_from_image_to_image():
+    whole, files = Image.fromarray(noise(12, 12, 3)), []
+    for form in ("PNG", "WEBP", "PNG", "PNG", "BMP", "PNG", "TIFF", "WEBP", "WEBP", "GIF", "JPEG", "PNG"):
+        buffer = io.BytesIO()
+        whole.save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    results = bmsn_zoo.data._RowReader(split(files, [0] * len(files)), "image", 12, 3).__getitems__(range(len(files)))
+    for file, pixels in zip(files, results, strict=True):
+        assert np.array_equal(pixels, to_pixels(Image.open(io.BytesIO(file["bytes"])), 12, 3))
+    exact = np.array([not isinstance(pixels, str) and np.array_equal(pixels, np.asarray(whole)) for pixels in results])
+    assert exact.sum() == len(files) - 2, "only GIF and JPEG lose anything"
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_hostile_bytes_never_do_more_than_make_an_image_unreadable():
     rng, files = np.random.default_rng(0), []
