@@ -1,6 +1,5 @@
 """Where a run computes: processes, threads and precision, and a record of them."""
 
-import ctypes
 import importlib.metadata
 import logging
 import os
@@ -26,7 +25,6 @@ _SUPPORTED = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
 )
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
 
@@ -62,7 +60,6 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     # the launcher sets OMP_NUM_THREADS to 1 unasked, which leaves all cores but one idle
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, usable_cores() // local_processes))
-    _keep_freed_memory()
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,14 +80,6 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step: fetching it anew from the system costs a tenth of a CPU's step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # another C library has none
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig) -> torch.optim.Optimizer:
