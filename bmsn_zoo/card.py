@@ -150,9 +150,7 @@ def _dataset(record: dict[str, Any]) -> tuple[str, str | None]:
 def _usage(config: dict[str, Any], name: str, model_name: str | None, onnx: bool) -> str:
     channels, _, side = config["pretrained_cfg"]["input_size"]
     mode = "RGB" if channels == 3 else "L"
-    call = f'"{model_name}", pretrained=True).eval()  # or "hf-hub:{name}"'
-    if model_name is None:
-        call = f'"hf-hub:{name}", pretrained=True).eval()'
+    comment = f'# "hf-hub:{name}" is the same, from the Hub\n' if model_name else ""
     text = f"""With [timm](https://github.com/huggingface/pytorch-image-models) and the package `bmsn_zoo`,
 which tells timm of these models:
 
@@ -160,7 +158,7 @@ which tells timm of these models:
 import timm, bmsn_zoo
 from PIL import Image
 
-model = timm.create_model({call}
+{comment}model = timm.create_model("{model_name or f"hf-hub:{name}"}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(Image.open("image.png").convert("{mode}")).unsqueeze(0))
 print(model.pretrained_cfg["label_names"][logits.argmax()])
