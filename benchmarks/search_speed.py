@@ -4,13 +4,12 @@
 
 The plain way is the same algorithm with the same draws, hyper-parameters and threads: torchvision transforms on
 decoded PIL images in the main process, float32, contiguous tensors, scoring with gradients recorded, layouts evaluated
-one by one. Every difference is also switched on alone. Ratios are plain / ours, the median of paired repeats with
-their smallest and largest; absolute seconds are of this machine in this hour.
+one by one. It runs in a process of its own, and every difference is also switched on alone. Ratios are plain / ours,
+the median of paired repeats with their smallest and largest; absolute seconds are of this machine in this hour.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -18,14 +17,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from accelerate import Accelerator
 from network import DefaultNetwork
-from ways import OURS, PLAIN, Ways
+from ways import OURS, PLAIN, Way, Ways
 
 from bmsn_zoo import runtime
 from bmsn_zoo.config import SearchConfig
@@ -59,6 +62,18 @@ def _decode(rows: list[int]) -> int:
     return sum(np.asarray(image.convert("RGB")).shape[0] for image in images[rows][images.column_names[0]])
 
 
+_plain: list[Ways] = []  # of the process that runs the plain way
+
+
+def _start_plain(config: SearchConfig, threads: int, precision: str) -> None:
+    torch.set_num_threads(threads)
+    _plain.append(Ways(config, Accelerator(mixed_precision=precision)))  # without what our runtime sets
+
+
+def _run_plain(measure: str, arguments: tuple[Any, ...]) -> float:
+    return getattr(_plain[0], measure)(*arguments)
+
+
 def loading(config: SearchConfig, repeats: int) -> dict[str, object]:
     """Loading all training images: decoding once on all cores, our first time, and our cached time."""
     cores = runtime.usable_cores()
@@ -79,7 +94,7 @@ def loading(config: SearchConfig, repeats: int) -> dict[str, object]:
                 datasets.config.HF_DATASETS_CACHE = cache
         parts = [part.tolist() for part in np.array_split(np.arange(len(source.train_source)), cores * 8)]
         _images.append(source.train_source.select_columns([source.image_column]))
-        with multiprocessing.get_context("fork").Pool(cores) as pool:
+        with get_context("fork").Pool(cores) as pool:
             pool.map(_decode, [[0]] * cores * 4)  # all have started
             started = time.perf_counter()
             pool.map(_decode, parts, 1)
@@ -156,23 +171,39 @@ def main() -> None:
     config = SearchConfig(dataset=options.dataset, label_column=options.label_column, limit=options.images).check()
     accelerator = runtime.start(config)
     ways = Ways(config, accelerator)
-    network = DefaultNetwork(ways)
+    process = ProcessPoolExecutor(
+        1, get_context("spawn"), _start_plain, (config, torch.get_num_threads(), accelerator.mixed_precision)
+    )
     repeats, steps, epoch_steps = options.repeats, options.steps, len(ways.weight) // config.batch_size
 
-    def step_ratio(way: Any, plain: Any = PLAIN) -> dict[str, float]:
-        return paired(repeats, lambda: ways.steps(plain, steps), lambda: ways.steps(way, steps))
+    def run(measure: str, way: Way, *arguments: Any) -> float:
+        if way == OURS:
+            return getattr(ways, measure)(way, *arguments)
+        return process.submit(_run_plain, measure, (way, *arguments)).result()
 
-    def evaluation_ratio(way: Any, supernets: int | None = None) -> dict[str, float]:
-        return paired(repeats, lambda: ways.evaluation(PLAIN, 1, supernets), lambda: ways.evaluation(way, 1, supernets))
+    def step_ratio(way: Way) -> dict[str, float]:
+        return paired(repeats, lambda: run("steps", PLAIN, steps), lambda: run("steps", way, steps))
 
-    def epoch(way: Any) -> float:
-        return ways.steps(way, epoch_steps) * epoch_steps + ways.evaluation(way)
+    def evaluation_ratio(way: Way, supernets: int | None = None) -> dict[str, float]:
+        return paired(
+            repeats,
+            lambda: run("evaluation", PLAIN, 1, supernets),
+            lambda: run("evaluation", way, 1, supernets),
+        )
+
+    def epoch(way: Way) -> float:
+        return run("steps", way, epoch_steps) * epoch_steps + run("evaluation", way)
 
     def several(measure: Callable[[], float]) -> dict[str, float]:
         return spread("median", [measure() for _ in range(repeats)])
 
-    def alone(switch: str) -> Any:
+    def alone(switch: str) -> Way:
         return replace(PLAIN, **{switch: True})
+
+    network = DefaultNetwork(ways)
+
+    def limit() -> float:
+        return run("steps", PLAIN, steps, ways.space.default_layout) / network.bare_step_seconds()
 
     switches = ("device_augmentation", "channels_last", "native_precision", "scoring_without_gradients")
     parts: dict[str, Callable[[], object]] = {
@@ -185,7 +216,7 @@ def main() -> None:
         },
         "epoch_and_evaluation": lambda: paired(repeats, lambda: epoch(PLAIN), lambda: epoch(OURS)),
         "share_of_bare_convolutions": lambda: several(network.share_of_bare_convolutions),
-        "search_step_if_only_convolutions_took_time": lambda: several(network.limit),
+        "search_step_if_only_convolutions_took_time": lambda: several(limit),
         "time_of_a_step": network.profile,
         "compiled_units_speedup": lambda: several(network.compiled),
         "loading": lambda: loading(config, repeats),
@@ -195,7 +226,8 @@ def main() -> None:
     }
     kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
     environment = {"command": sys.argv, **runtime.describe(accelerator)}
-    ways.steps(OURS, 3)
+    for way in (PLAIN, OURS):
+        run("steps", way, 3)
     for name in options.only if options.only is not None else parts:
         kept[name] = {"result": parts[name](), "environment": environment}
         sys.stdout.write(f"{name}: {json.dumps(kept[name]['result'])}\n")
