@@ -113,19 +113,17 @@ def search_process(config: SearchConfig, launcher: list[str], *extra: str) -> tu
     """One real search as processes of their own: the metrics of its epochs, and the first process's peak MiB."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        arguments = ["--dataset", config.dataset, "--output", str(output)]
+        arguments = ["--dataset", config.dataset, "--mixed-precision", config.mixed_precision, "--output", str(output)]
         arguments += ["--label-column", config.label_column] if config.label_column else []
-        process = subprocess.Popen(
+        subprocess.run(
             [*launcher, str(ROOT / "search.py"), *arguments, *extra],
+            check=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise RuntimeError(f"{process.args} failed")
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return rows, usage.ru_maxrss >> 10
+        return rows, json.loads((output / "search.json").read_text())["peak_memory_mib"]
 
 
 def mixture_parallel(config: SearchConfig, repeats: int) -> dict[str, float]:
@@ -165,10 +163,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1280, help="training images of the timed epochs")
     parser.add_argument("--steps", type=int, default=20, help="search steps of one measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mixed-precision", default="auto", help="that of our way; see search.py")
     parser.add_argument("--only", nargs="*", help="parts to measure, by their name in the results; all if not given")
     parser.add_argument("--output", type=Path, help="results as JSON; parts that it holds already are kept")
     options = parser.parse_args()
-    config = SearchConfig(dataset=options.dataset, label_column=options.label_column, limit=options.images).check()
+    config = SearchConfig(
+        dataset=options.dataset,
+        label_column=options.label_column,
+        limit=options.images,
+        mixed_precision=options.mixed_precision,
+    ).check()
     accelerator = runtime.start(config)
     ways = Ways(config, accelerator)
     process = ProcessPoolExecutor(
@@ -225,7 +229,8 @@ def main() -> None:
         "memory_of_eight_supernets": lambda: memory(config),
     }
     kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
-    environment = {"command": sys.argv, **runtime.describe(accelerator)}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(("ONEDNN_", "ATEN_", "OMP_"))}
+    environment = {"command": sys.argv, "variables": variables, **runtime.describe(accelerator)}
     for way in (PLAIN, OURS):
         run("steps", way, 3)
     for name in options.only if options.only is not None else parts:

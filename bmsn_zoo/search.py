@@ -255,8 +255,8 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         head = {"schema_version": SCHEMA_VERSION, "recipe": config.recipe, "settings": config.settings()}
         write_json(
             output / "search.json",
-            {**head, "seed": config.seed, "dataset": described, **folder.summary(), **found,
-             "scores": strategy.scores.tolist()},
+            {**head, "seed": config.seed, "dataset": described, **folder.summary(),
+             "peak_memory_mib": _peak_memory_mib(device), **found, "scores": strategy.scores.tolist()},
         )  # fmt: skip
         report.draw_search(output)
         folder.drop_checkpoints()
@@ -381,12 +381,14 @@ def _restore(
 def _peak_memory_mib(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    status = Path("/proc/self/status")
+    if status.exists():  # resource would count what the launcher held when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10
     if sys.platform == "win32":
         return None
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m bmsn_zoo.") -> int:
