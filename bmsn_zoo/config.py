@@ -185,6 +185,13 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / name
 
 
+def with_reachable_data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a record, with the Hub's id of a data set where its local copy is not on this machine."""
+    if settings["dataset_id"] and not Path(settings["dataset"]).exists():
+        return {**settings, "dataset": settings["dataset_id"], "dataset_id": None}
+    return settings
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Files of the recipes that we ship, by name."""
     return {file.stem: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}

@@ -1,7 +1,6 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from . import runtime
-from .config import Parser, TrainConfig, build_config, shipped_folder
+from .config import Parser, TrainConfig, build_config, shipped_folder, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
 from .model_folder import load_model
@@ -67,9 +66,8 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     folder = zoo if known else Path(name)
     model = timm.create_model(name, pretrained=True) if known else load_model(folder)
     metrics = read_json(folder / "metrics.json")
-    settings = {**metrics["settings"], "limit": None, "mixed_precision": "no"}
-    if dataset is not None or not os.path.exists(settings["dataset"]):  # trained from a local copy
-        settings["dataset"] = dataset or settings["dataset_id"] or settings["dataset"]
+    settings = {**with_reachable_data(metrics["settings"]), "limit": None, "mixed_precision": "no"}
+    settings["dataset"] = dataset or settings["dataset"]
     config = build_config(TrainConfig, settings)
     accelerator = runtime.start(config)
     test = DataSource(config, torch.get_num_threads()).test()

@@ -1,7 +1,6 @@
 """Training of one layout from scratch, to a folder that the Hub and timm take as it is."""
 
 import logging
-import os
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import hub, report, runtime
-from .config import TrainConfig, build_parser, load_recipe, shipped_recipes
+from .config import TrainConfig, build_parser, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
     MIX,
@@ -309,9 +308,7 @@ def settings_from_search(result: dict[str, Any], pick: str) -> dict[str, Any]:
         layout = str(Layout.parse(pick))
         if layout not in [entry["layout"] for entry in result["ranking"]]:
             raise InputError(f"pick {layout} is none of the {len(result['ranking'])} layouts of this search")
-    inherited = {key: result["settings"].get(key) for key in _INHERITED}
-    if inherited["dataset_id"] and not os.path.exists(inherited["dataset"]):  # a local copy on another machine
-        inherited.update(dataset=inherited["dataset_id"], dataset_id=None)
+    inherited = with_reachable_data({key: result["settings"].get(key) for key in _INHERITED})
     return {**inherited, "image_size": result["dataset"]["image_size"], "layout": layout}
 
 
