@@ -186,15 +186,8 @@ def main() -> None:
             return getattr(ways, measure)(way, *arguments)
         return process.submit(_run_plain, measure, (way, *arguments)).result()
 
-    def step_ratio(way: Way) -> dict[str, float]:
-        return paired(repeats, lambda: run("steps", PLAIN, steps), lambda: run("steps", way, steps))
-
-    def evaluation_ratio(way: Way, supernets: int | None = None) -> dict[str, float]:
-        return paired(
-            repeats,
-            lambda: run("evaluation", PLAIN, 1, supernets),
-            lambda: run("evaluation", way, 1, supernets),
-        )
+    def ratio(measure: str, way: Way, *arguments: Any) -> dict[str, float]:
+        return paired(repeats, lambda: run(measure, PLAIN, *arguments), lambda: run(measure, way, *arguments))
 
     def epoch(way: Way) -> float:
         return run("steps", way, epoch_steps) * epoch_steps + run("evaluation", way)
@@ -212,11 +205,11 @@ def main() -> None:
 
     switches = ("device_augmentation", "channels_last", "native_precision", "scoring_without_gradients")
     parts: dict[str, Callable[[], object]] = {
-        "search_step": lambda: step_ratio(OURS),
-        **{f"search_step_{name}_alone": lambda name=name: step_ratio(alone(name)) for name in switches},
-        "evaluation": lambda: evaluation_ratio(OURS),
+        "search_step": lambda: ratio("steps", OURS, steps),
+        **{f"search_step_{name}_alone": lambda name=name: ratio("steps", alone(name), steps) for name in switches},
+        "evaluation": lambda: ratio("evaluation", OURS, 1),
         **{
-            f"evaluation_{name}_alone": lambda name=name: evaluation_ratio(alone(name), 1)
+            f"evaluation_{name}_alone": lambda name=name: ratio("evaluation", alone(name), 1, 1)
             for name in (*switches[1:], "prefix_tree")
         },
         "epoch_and_evaluation": lambda: paired(repeats, lambda: epoch(PLAIN), lambda: epoch(OURS)),
