@@ -59,3 +59,11 @@ def image_folder(image_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "compass"
     image_dataset.save_to_disk(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(image_folder):
+    """A tiny search, two trainings and a zoo of both; see `small_runs.make`."""
+    import small_runs
+
+    return small_runs.make(image_folder)

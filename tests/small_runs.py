@@ -1,6 +1,5 @@
-"""A tiny search, two trainings and a zoo of both, made once for all test modules that ask."""
+"""A tiny search, two trainings and a zoo of both; the fixture `runs` makes them once for all tests."""
 
-import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ def run(module, *arguments):
     return module.main([*map(str, arguments)])
 
 
-@functools.cache
 def make(data: Path) -> SimpleNamespace:
     """Folders of the runs on these images, beside them, and of the zoo, whose two models are registered."""
     base = data.parent / "runs"

@@ -5,18 +5,13 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
-from small_runs import DEFAULT, FOUND, make
+from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import Layout
 from bmsn_zoo.card import portable, search_card, write_card
 
 pytestmark = pytest.mark.timeout(120)
 SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def runs(image_folder):
-    return make(image_folder)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import make, run
+from small_runs import run
 
 from bmsn_zoo import evaluate
 from bmsn_zoo.config import shipped_folder
@@ -13,11 +13,6 @@ from bmsn_zoo.config import shipped_folder
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"  # real images, where they lie beside the checkout
 SHIPPED = sorted(file.parent for file in shipped_folder("hub_configs").glob("*/config.json"))
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def runs(image_folder):
-    return make(image_folder)
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import DEFAULT, FOUND, make
+from small_runs import DEFAULT, FOUND
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from bmsn_zoo import InputError, Layout
@@ -28,11 +28,6 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
 pytestmark = pytest.mark.timeout(120)
 each_model = pytest.mark.parametrize("name", [FOUND, DEFAULT, *SHIPPED])
-
-
-@pytest.fixture(scope="module")
-def runs(image_folder):
-    return make(image_folder)
 
 
 @pytest.fixture

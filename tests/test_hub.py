@@ -17,7 +17,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import constants, get_session
 from safetensors.torch import load_file, save_file
-from small_runs import COMMON, DEFAULT, FOUND, make, run
+from small_runs import COMMON, DEFAULT, FOUND, run
 
 from bmsn_zoo import InputError, SearchSpace, hub
 from bmsn_zoo import search as search_module
@@ -28,11 +28,6 @@ from bmsn_zoo.mixture import Mixture
 ROOT = Path(__file__).parents[1]
 NET, SEARCH = "alice/net", "alice/search"
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def runs(image_folder):
-    return make(image_folder)
 
 
 def process(code, environment, *arguments):
@@ -286,16 +281,21 @@ def one_line(capfd):
     return lines[0]
 
 
+def fails_in_time(call, runs, tmp_path, capfd):
+    """Check that a command fails soon and in one line, which is returned."""
+    started = time.monotonic()
+    capfd.readouterr()
+    assert call(runs, tmp_path) == 2
+    assert time.monotonic() - started < 15
+    return one_line(capfd)
+
+
 @pytest.mark.parametrize("fault", READING)
 def test_reading_fails_in_one_line(fault, server, runs, tmp_path, capfd):
     how, expected = READING[fault]
     server.put(SEARCH, searched(runs))
     server.fail("HEAD|GET", times=math.inf, **{"path": API, **how})
-    started = time.monotonic()
-    capfd.readouterr()
-    assert read(runs, tmp_path) == 2
-    assert time.monotonic() - started < 15
-    line = one_line(capfd)
+    line = fails_in_time(read, runs, tmp_path, capfd)
     assert line.startswith(f"error: {SEARCH} on the Hub: ")
     assert expected in line
     assert not (tmp_path / "trained").exists()
@@ -308,11 +308,7 @@ def test_writing_fails_in_one_line_and_works_again(fault, server, runs, tmp_path
     how, expected = WRITING[fault]
     before = content(runs.base)
     server.fail("GET|POST", times=math.inf, **how)
-    started = time.monotonic()
-    capfd.readouterr()
-    assert write(runs, tmp_path) == 2
-    assert time.monotonic() - started < 15
-    line = one_line(capfd)
+    line = fails_in_time(write, runs, tmp_path, capfd)
     assert line.startswith(f"error: {NET}: ")
     assert expected in line
     folder = runs.found / "model"

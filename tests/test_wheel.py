@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import DEFAULT, FOUND, make
+from small_runs import DEFAULT, FOUND
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -26,11 +26,6 @@ print(bmsn_zoo.__file__, *shipped_recipes(), *timm.list_models("bmsn_*", pretrai
 model = timm.create_model(sys.argv[1], pretrained=True).eval()
 save_file({"y": model(load_file(sys.argv[2])["x"]).detach()}, sys.argv[3])
 """
-
-
-@pytest.fixture(scope="module")
-def runs(image_folder):
-    return make(image_folder)
 
 
 @pytest.fixture(scope="module")
