@@ -9,7 +9,6 @@ import torch
 from PIL import Image, features
 from scipy.stats import chisquare
 
-import bmsn_zoo.data
 from bmsn_zoo import InputError
 from bmsn_zoo.config import DataConfig
 from bmsn_zoo.data import (
@@ -23,6 +22,8 @@ from bmsn_zoo.data import (
     stratified_split,
     to_pixels,
 )
+from bmsn_zoo.data import pixels as pixels_module
+from bmsn_zoo.data.pixels import RowReader
 
 
 def noise(*shape, seed=0, dtype=np.uint8):
@@ -335,7 +336,7 @@ def test_formats_may_differ_from_image_to_image():
         buffer = io.BytesIO()
         whole.save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
         files.append({"bytes": buffer.getvalue(), "path": None})
-    results = bmsn_zoo.data._RowReader(split(files, [0] * len(files)), "image", 12, 3).__getitems__(range(len(files)))
+    results = RowReader(split(files, [0] * len(files)), "image", 12, 3).__getitems__(range(len(files)))
     for file, pixels in zip(files, results, strict=True):
         assert np.array_equal(pixels, to_pixels(Image.open(io.BytesIO(file["bytes"])), 12, 3))
     exact = np.array([not isinstance(pixels, str) and np.array_equal(pixels, np.asarray(whole)) for pixels in results])
@@ -353,7 +354,7 @@ def test_hostile_bytes_never_do_more_than_make_an_image_unreadable():
             for position in rng.integers(0, len(broken), 4):
                 broken[position] = rng.integers(256)
             files.append({"bytes": bytes(broken[: rng.integers(len(broken) // 2, len(broken) + 1)]), "path": None})
-    reader = bmsn_zoo.data._RowReader(split(files, [0] * len(files)), "image", 8, 3)
+    reader = RowReader(split(files, [0] * len(files)), "image", 8, 3)
     results = reader.__getitems__(range(len(files)))
     assert {type(result) for result in results} == {np.ndarray, str}
     assert all(result.shape == (8, 8, 3) for result in results if isinstance(result, np.ndarray))
@@ -521,7 +522,7 @@ def test_second_load_decodes_nothing(unequal, cache, monkeypatch):
     def decode(*_):
         raise AssertionError("an image was decoded again")
 
-    monkeypatch.setattr(bmsn_zoo.data, "to_pixels", decode)
+    monkeypatch.setattr(pixels_module, "to_pixels", decode)
     second = [open_source(unequal).train(), open_source(unequal).test(), open_source(unequal, limit=40).train()]
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
     for settings in ({"image_size": 12}, {"in_chans": 1}, {"limit": 20}):

@@ -1,0 +1,35 @@
+"""Any Hugging Face image data set to splits, and splits to augmented batches on the device."""
+
+from .batches import (
+    AUGMENT,
+    MIX,
+    ORDER,
+    SCORE_ORDER,
+    Augmentation,
+    ImageSet,
+    even_batches,
+    normalise,
+    random_stream,
+    shuffled_batches,
+    stratified_split,
+)
+from .pixels import channel_statistics, to_pixels
+from .sources import DataSource, ImageData
+
+__all__ = [
+    "AUGMENT",
+    "MIX",
+    "ORDER",
+    "SCORE_ORDER",
+    "Augmentation",
+    "DataSource",
+    "ImageData",
+    "ImageSet",
+    "channel_statistics",
+    "even_batches",
+    "normalise",
+    "random_stream",
+    "shuffled_batches",
+    "stratified_split",
+    "to_pixels",
+]
