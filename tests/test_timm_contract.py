@@ -4,10 +4,10 @@ import importlib.util
 import io
 import itertools
 
-import numpy as np
 import pytest
 import timm
 import torch
+from closeness import close
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -41,10 +41,6 @@ def create(name, layout=None, **kwargs):
 def images(model, batch=2, size=None):
     channels, *default = model.default_cfg["input_size"]
     return torch.randn(batch, channels, *(size or default))
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_names_are_ours_alone():
@@ -164,7 +160,7 @@ def test_gray_images_and_one_at_a_time(name, layout):
     model = create(name, layout, in_chans=1)
     x = torch.randn(3, 1, 32, 32)
     assert model.conv1.in_channels == 1
-    close(torch.cat([model(one) for one in x.split(1)]), model(x), 1e-5)
+    close(torch.cat([model(one) for one in x.split(1)]), model(x))
 
 
 @each_case
@@ -224,7 +220,7 @@ def test_forward_intermediates(name, layout, checkpointing):
     features = model.forward_features(x)
     model.set_grad_checkpointing(checkpointing)
     final, maps = model.forward_intermediates(x, output_fmt="NCHW")
-    close(final, features, 1e-5)
+    close(final, features)
     assert len(maps) == len(model.feature_info)
     for found, info in zip(maps, model.feature_info, strict=True):
         assert found.shape[1] == info["num_chs"]
@@ -233,12 +229,12 @@ def test_forward_intermediates(name, layout, checkpointing):
     for indices in (1, 2, [0], [0, 2], [1], (-1,)):
         chosen = range(len(maps))[-indices:] if isinstance(indices, int) else [i % len(maps) for i in indices]
         final, some = model.forward_intermediates(x, indices=indices)
-        close(final, features, 1e-5)
+        close(final, features)
         assert len(some) == len(chosen)
         alone = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
         for found, again, index in zip(some, alone, chosen, strict=True):
             assert torch.equal(found, again)
-            close(found, maps[index], 1e-5)
+            close(found, maps[index])
     with pytest.raises((ValueError, AssertionError)):
         model.forward_intermediates(x, output_fmt="NLC")
     with pytest.raises((ValueError, IndexError, AssertionError)):
@@ -294,11 +290,11 @@ def test_torchscript(name, layout):
     x = images(model)
     expected = model(x)
     scripted = torch.jit.script(model)
-    close(scripted(x), expected, 1e-5)
+    close(scripted(x), expected)
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)
     buffer.seek(0)
-    close(torch.jit.load(buffer)(x), expected, 1e-5)
+    close(torch.jit.load(buffer)(x), expected)
 
 
 @each_case
@@ -310,7 +306,7 @@ def test_fx_forward_backward_and_script(name, layout):
     extractor = create_feature_extractor(model, return_nodes=[nodes[-1]])
     output = extractor(x)[nodes[-1]]
     assert torch.equal(output, expected)
-    close(torch.jit.script(extractor)(x)[nodes[-1]], expected, 1e-5)
+    close(torch.jit.script(extractor)(x)[nodes[-1]], expected)
     output.mean().backward()
     assert all(p.grad is not None for p in extractor.parameters())
     assert len(list(extractor.parameters())) == len(list(model.parameters()))
@@ -323,7 +319,7 @@ def test_torch_export(name, layout):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
     for batch in (1, 2, 5):
         x = images(model, batch)
-        close(program.module()(x), model(x), 1e-5)
+        close(program.module()(x), model(x))
 
 
 @each_export
@@ -346,7 +342,7 @@ def test_onnx_export(name, layout, tmp_path):
     for batch in (1, 2, 5):
         x = images(model, batch)
         (logits,) = session.run(["logits"], {"images": x.numpy()})
-        np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+        close(logits, model(x))
 
 
 @each_case
