@@ -3,12 +3,16 @@
 import copy
 import json
 
+import numpy as np
 import pytest
+import timm
 from huggingface_hub import ModelCard
+from PIL import Image
 from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import Layout
 from bmsn_zoo.card import portable, search_card, write_card
+from bmsn_zoo.data.pixels import to_pixels
 
 pytestmark = pytest.mark.timeout(120)
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -160,3 +164,21 @@ def test_search_card(runs):
     for picture in ("accuracy_macs", "assignment", "curves"):
         assert f"pictures/{picture}.png" in text
         assert (runs.search / "pictures" / f"{picture}.png").exists()
+
+
+def test_timms_transform_prepares_upright_opaque_images_to_the_pixel_as_training_does():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        width, height = rng.integers(1, 90, 2)
+        size, chans = int(rng.integers(4, 40)), int(rng.choice([1, 3]))
+        if max(width, height) > 16 * min(width, height):
+            continue
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).convert(
+            {1: "L", 3: "RGB"}[chans]
+        )
+        transform = timm.data.create_transform(
+            (chans, size, size), interpolation="bicubic", crop_pct=1.0, normalize=False
+        )
+        expected = transform(image).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(to_pixels(image, size, chans), expected, f"{width}x{height} to {size}")
+    assert to_pixels(Image.new("RGB", (3, 60_000)), 200, 3).shape == (200, 200, 3), "a strip takes no memory"

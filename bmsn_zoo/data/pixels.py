@@ -45,8 +45,19 @@ def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = _cut_square(image, size)
     return np.asarray(image).reshape(size, size, in_chans)
+
+
+def _cut_square(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side and cut out the middle, to the pixel as timm's transform for evaluation does."""
+    short = min(image.size)
+    if max(image.size) > 16 * short:  # what the cut would throw away need not be resized first
+        image = ImageOps.crop(image, tuple((side - min(side, 16 * short)) // 2 for side in image.size))  # type: ignore[arg-type]
+    width, height = (size * side // short for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
 # whatever Pillow's decoders raise for a damaged file
@@ -126,7 +137,7 @@ def cached_pixels(source: datasets.Dataset, reader: RowReader, workers: int) -> 
     Returns:
         bytes (N, H, W, C), and a dictionary of their `mean`, `std` and `sha256`.
     """
-    key = json.dumps([1, source._fingerprint, reader.column, reader.size, reader.in_chans])
+    key = json.dumps([2, source._fingerprint, reader.column, reader.size, reader.in_chans])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bmsn_zoo_pixels"
     path = folder / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".safetensors")
     if path.exists():
