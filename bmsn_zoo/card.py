@@ -1,16 +1,16 @@
 """Cards of models and searches for the Hub, written from a run's own records."""
 
-import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .files import read_json, write_text
 from .layout import Layout
-from .records import read_json, write_text
+from .results import Entry, SearchResult, TrainResult
 from .search_space import BACKBONES
 
 SOME_NAME = "YOUR_NAME/THIS_REPOSITORY"  # stands for the Hub id of a folder that was not pushed yet
@@ -32,24 +32,25 @@ _SCRIPTS = {
     "bmsn_zoo/train.py": "-m bmsn_zoo.train",
     "bmsn_zoo/search.py": "-m bmsn_zoo.search",
 }
+ResultT = TypeVar("ResultT", SearchResult, TrainResult)
 _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")  # a commit on the Hub
 
 
 def write_card(
-    folder: Path, name: str = SOME_NAME, default: dict[str, Any] | None = None, model_name: str | None = None
+    folder: Path, name: str = SOME_NAME, default: TrainResult | None = None, model_name: str | None = None
 ) -> None:
     """Write README.md of a model folder from its config.json, metrics.json and search.json.
 
     Args:
         folder: the model folder.
         name: Hub id that the usage shows.
-        default: metrics of the default layout, trained in the same way, to compare with.
+        default: result of the default layout, trained in the same way, to compare with.
         model_name: the timm name that the model is registered under, if it is.
     """
-    config, metrics = read_json(folder / "config.json"), portable(read_json(folder / "metrics.json"))
-    search = read_json(folder / "search.json") if (folder / "search.json").exists() else None
+    config, metrics = read_json(folder / "config.json"), portable(TrainResult.read(folder / "metrics.json"))
+    search = SearchResult.read(folder / "search.json") if (folder / "search.json").exists() else None
     shown, hub_id = _dataset(metrics)
-    title = model_name or f"{metrics['model']} {metrics['layout']}"
+    title = model_name or f"{metrics.model} {metrics.layout}"
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -63,19 +64,19 @@ def write_card(
                 task_type="image-classification",
                 dataset_type=shown,
                 dataset_name=shown,
-                dataset_split=metrics["dataset"]["test_split"],
-                dataset_revision=metrics["dataset"]["revision"],
+                dataset_split=metrics.dataset.test_split,
+                dataset_revision=metrics.dataset.revision,
                 metric_type="accuracy",
                 metric_name="test accuracy (fraction of 1, last epoch, one run)",
-                metric_value=metrics["test_accuracy"],
+                metric_value=metrics.test_accuracy,
             )
         ],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}\n",
-        f"{metrics['model']} with the layout {metrics['layout']}, trained on {shown}: "
-        f"{_percent(metrics['test_accuracy'])} of the test images are classified correctly.\n",
+        f"{metrics.model} with the layout {metrics.layout}, trained on {shown}: "
+        f"{_percent(metrics.test_accuracy)} of the test images are classified correctly.\n",
         _usage(config, name, model_name, (folder / "model.onnx").exists()),
         _results(metrics, default),
         _layout(config, metrics),
@@ -88,23 +89,23 @@ def write_card(
     write_text(folder / "README.md", "\n".join(parts))
 
 
-def search_card(search: dict[str, Any], name: str) -> str:
+def search_card(search: SearchResult, name: str) -> str:
     """The card of a finished search.
 
     Args:
-        search: content of search.json, portable.
+        search: portable.
         name: Hub id that the usage shows.
     """
     shown, hub_id = _dataset(search)
     data = ModelCardData(
         library_name="bmsn_zoo", license="apache-2.0", tags=_TAGS, datasets=[hub_id] if hub_id else None
     )
-    best = search["best"]["layout"]
+    best = search.best.layout
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
-        f"# Where {search['model']} should downsample on {shown}\n",
-        f"All {len(search['layouts'])} layouts of {search['model']}, ranked by a balanced mixture of "
-        f"{search['mixture_size']} supernets. First choice: {best}.\n",
+        f"# Where {search.model} should downsample on {shown}\n",
+        f"All {len(search.layouts)} layouts of {search.model}, ranked by a balanced mixture of "
+        f"{search.mixture_size} supernets. First choice: {best}.\n",
         "```bash\n"
         f"accelerate launch -m bmsn_zoo.train --from-search {name}     # trains {best} from scratch\n"
         f"accelerate launch -m bmsn_zoo.search --init-from {name} ...  # starts another search from these supernets\n"
@@ -116,8 +117,8 @@ def search_card(search: dict[str, Any], name: str) -> str:
         _ranking(search),
         "## The search\n\n"
         + _command(search, name)
-        + f"{_count(search['settings']['epochs'], 'epoch')} in all, seed {search['seed']}, one search (n = 1), "
-        f"{search['dataset']['weight_images']} images that train weights and {search['dataset']['score_images']} that "
+        + f"{_count(search.epochs, 'epoch')} in all, seed {search.seed}, one search (n = 1), "
+        f"{search.dataset.weight_images} images that train weights and {search.dataset.score_images} that "
         f"score layouts, all of them training images: test images were never opened. {_where(search)}\n",
         _settings(search),
         "## Intended use and limits\n\n"
@@ -138,13 +139,10 @@ def _citation() -> str:
     return f"## Citation\n\n```bibtex\n{CITATION}\n```\n"
 
 
-def _dataset(record: dict[str, Any]) -> tuple[str, str | None]:
+def _dataset(record: SearchResult | TrainResult) -> tuple[str, str | None]:
     """The data set's name to show, and its Hub id if it has one; a local folder is shown by its last part."""
-    name = record["dataset"]["id"]
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
-    if record["settings"].get("dataset_id") or on_hub:
-        return name, name
-    return Path(name).name, None
+    name = record.dataset.id
+    return (name, name) if record.dataset.on_hub else (Path(name).name, None)
 
 
 def _usage(config: dict[str, Any], name: str, model_name: str | None, onnx: bool) -> str:
@@ -186,32 +184,32 @@ print(json.loads(about["label_names"])[logits.argmax()])
 """
 
 
-def _results(metrics: dict[str, Any], default: dict[str, Any] | None) -> str:
-    def row(entry: dict[str, Any], note: str) -> str:
+def _results(metrics: TrainResult, default: TrainResult | None) -> str:
+    def row(entry: TrainResult, note: str) -> str:
         return (
-            f"| {entry['layout']}{note} | {entry['parameters'] / 1e6:.2f} M | {entry['macs'] / 1e6:.1f} M "
-            f"| {_percent(entry['test_accuracy'])} |\n"
+            f"| {entry.layout}{note} | {entry.parameters / 1e6:.2f} M | {entry.macs / 1e6:.1f} M "
+            f"| {_percent(entry.test_accuracy)} |\n"
         )
 
     text = (
         "## Results\n\n"
-        f"Accuracy on all {metrics['test_images']} test images, of the last epoch, without test-time augmentation; "
+        f"Accuracy on all {metrics.test_images} test images, of the last epoch, without test-time augmentation; "
         "one run each (n = 1).\n\n"
         "| layout | parameters | multiply-accumulates | test accuracy |\n| --- | --- | --- | --- |\n"
     )
     if default is None:
         return text + row(metrics, "")
-    points = 100 * (metrics["test_accuracy"] - default["test_accuracy"])
+    points = 100 * (metrics.test_accuracy - default.test_accuracy)
     return (
         f"{text}{row(default, ' (default)')}{row(metrics, '')}\n"
         f"Against the default layout, trained with the same settings: {points:+.2f} points at "
-        f"{metrics['macs'] / default['macs']:.2f} times its multiply-accumulates.\n"
+        f"{metrics.macs / default.macs:.2f} times its multiply-accumulates.\n"
     )
 
 
-def _layout(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _layout(config: dict[str, Any], metrics: TrainResult) -> str:
     side = config["pretrained_cfg"]["input_size"][-1]
-    layout, backbone = Layout.parse(metrics["layout"]), BACKBONES[metrics["model"]]
+    layout, backbone = Layout.parse(metrics.layout), BACKBONES[metrics.model]
     usual = backbone.default_layout.resolutions(side)
     rows = "".join(
         f"| {unit} | {channels} | {size}x{size} | {other}x{other} |\n"
@@ -228,33 +226,33 @@ def _layout(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     )
 
 
-def _origin(metrics: dict[str, Any], search: dict[str, Any] | None) -> str:
+def _origin(metrics: TrainResult, search: SearchResult | None) -> str:
     title = "## How the layout was found\n\n"
     if search is None:
-        usual = metrics["layout"] == str(BACKBONES[metrics["model"]].default_layout)
+        usual = metrics.layout == str(BACKBONES[metrics.model].default_layout)
         return title + (
             "It is the layout of the original network, to compare others with.\n"
             if usual
             else "It was chosen by hand, not by a search.\n"
         )
-    place = [entry["layout"] for entry in search["ranking"]].index(metrics["layout"]) + 1
+    place = search.place(metrics.layout)
     return title + (
-        f"Ranked {place} of {len(search['layouts'])} by a balanced mixture of {search['mixture_size']} supernets "
-        f"({_count(search['settings']['epochs'], 'epoch')} in all, seed {search['seed']}, n = 1 search), with "
-        f"{_percent(search['ranking'][place - 1]['accuracy'])} in the search on {search['dataset']['score_images']} "
-        f"training images that trained no weights; the default {search['default']['layout']} had "
-        f"{_percent(search['default']['accuracy'])}. {_where(search)} Test images were never opened. The whole result "
+        f"Ranked {place} of {len(search.layouts)} by a balanced mixture of {search.mixture_size} supernets "
+        f"({_count(search.epochs, 'epoch')} in all, seed {search.seed}, n = 1 search), with "
+        f"{_percent(search.ranking[place - 1].accuracy)} in the search on {search.dataset.score_images} "
+        f"training images that trained no weights; the default {search.default.layout} had "
+        f"{_percent(search.default.accuracy)}. {_where(search)} Test images were never opened. The whole result "
         "is in `search.json`.\n"
     )
 
 
-def _ranking(search: dict[str, Any]) -> str:
-    def row(place: int, entry: dict[str, Any]) -> str:
-        note = " (default)" if entry["layout"] == search["default"]["layout"] else ""
-        return f"| {place} | {entry['layout']}{note} | {entry['macs'] / 1e6:.1f} M | {_percent(entry['accuracy'])} |\n"
+def _ranking(search: SearchResult) -> str:
+    def row(place: int, entry: Entry) -> str:
+        note = " (default)" if entry.layout == search.default.layout else ""
+        return f"| {place} | {entry.layout}{note} | {entry.macs / 1e6:.1f} M | {_percent(entry.accuracy)} |\n"
 
-    ranked = list(enumerate(search["ranking"], 1))
-    shown = [(place, entry) for place, entry in ranked if place <= 10 or entry["layout"] == search["default"]["layout"]]
+    ranked = list(enumerate(search.ranking, 1))
+    shown = [(place, entry) for place, entry in ranked if place <= 10 or entry.layout == search.default.layout]
     return (
         "## Ranking\n\nThe first ten and the default layout; all are in `search.json`.\n\n"
         "| rank | layout | multiply-accumulates | accuracy in the search |\n| --- | --- | --- | --- |\n"
@@ -265,27 +263,27 @@ def _ranking(search: dict[str, Any]) -> str:
     )
 
 
-def _training(metrics: dict[str, Any], name: str) -> str:
+def _training(metrics: TrainResult, name: str) -> str:
     return (
         "## Training\n\n"
         + _command(metrics, name)
-        + f"{_count(metrics['epochs'], 'epoch')}, seed {metrics['seed']}, {metrics['train_images']} training images. "
+        + f"{_count(metrics.epochs, 'epoch')}, seed {metrics.seed}, {metrics.train_images} training images. "
         f"{_where(metrics)} Evaluated in fp32.\n\n" + _settings(metrics)
     )
 
 
-def _where(record: dict[str, Any]) -> str:
+def _where(record: SearchResult | TrainResult) -> str:
     """How long a run took on what, with which versions."""
-    segment = record["segments"][-1]
-    versions = ", ".join(f"{name} {version}" for name, version in segment["versions"].items())
+    segment = record.segments[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in segment.versions.items())
     hardware = "; ".join(
-        dict.fromkeys(f"{s['hardware']}, {s['processes']} x {s['threads']} threads, {s['precision']}"
-                      for s in record["segments"])
+        dict.fromkeys(f"{s.hardware}, {s.processes} x {s.threads} threads, {s.precision}"
+                      for s in record.segments)
     )  # fmt: skip
-    resumed = f", resumed {_count(len(record['segments']) - 1, 'time')}," if len(record["segments"]) > 1 else ""
+    resumed = f", resumed {_count(len(record.segments) - 1, 'time')}," if len(record.segments) > 1 else ""
     return (
-        f"It took {_duration(record['duration_seconds'])}{resumed} on {hardware}; {versions}; "
-        f"commit {segment.get('commit') or 'unknown'}."
+        f"It took {_duration(record.duration_seconds)}{resumed} on {hardware}; {versions}; "
+        f"commit {segment.commit or 'unknown'}."
     )
 
 
@@ -297,23 +295,25 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def portable(record: dict[str, Any]) -> dict[str, Any]:
-    """A result file's content without folders of the machine: a copy, which stays as it is when treated again.
+def portable(record: ResultT) -> ResultT:
+    """A result without folders of the machine: a copy, which stays as it is when treated again.
 
     A local data set goes by its Hub id or its folder's last name, a search that lies beside the result by
     "search.json"; commands lose the flags that say where a run lies.
     """
     shown, hub_id = _dataset(record)
-    settings = {**record["settings"], "dataset": shown, "dataset_id": hub_id}
+    settings: dict[str, Any] = {**record.settings, "dataset": shown, "dataset_id": hub_id}
     if settings.get("from_search") and not _PINNED.fullmatch(settings["from_search"]):
         settings["from_search"] = "search.json"
     if settings.get("init_from") and not _PINNED.fullmatch(settings["init_from"]):
         settings["init_from"] = Path(settings["init_from"]).name
-    segments = [{**segment, "command": _portable_command(segment["command"])} for segment in record["segments"]]
-    portable = {"dataset": {**record["dataset"], "id": shown}, "settings": settings, "segments": segments}
-    if record.get("recipe"):
-        portable["recipe"] = Path(record["recipe"]).name
-    return {**record, **portable}
+    changed = {
+        "dataset": record.dataset.model_copy(update={"id": shown}),
+        "settings": settings,
+        "segments": [s.model_copy(update={"command": _portable_command(s.command)}) for s in record.segments],
+        "recipe": record.recipe and Path(record.recipe).name,
+    }
+    return record.model_copy(update=changed)
 
 
 def _portable_command(words: list[str]) -> list[str]:
@@ -331,12 +331,12 @@ def _portable_command(words: list[str]) -> list[str]:
     return kept
 
 
-def _command(record: dict[str, Any], name: str) -> str:
+def _command(record: SearchResult | TrainResult, name: str) -> str:
     """The command of a run as others can give it, from a portable record."""
-    (program, *words), settings = record["segments"][0]["command"], record["settings"]
+    (program, *words), settings = record.segments[0].command, record.settings
     if program not in _SCRIPTS:
         return "It was started from Python, with the settings below.\n\n"
-    sources = {key: settings.get(key) for key in ("dataset", "from_search", "init_from")}
+    sources: dict[str, Any] = {key: settings.get(key) for key in ("dataset", "from_search", "init_from")}
     if sources["from_search"]:
         sources.update(dataset=None, from_search=name if sources["from_search"] == "search.json" else None)
     for key, value in sources.items():
@@ -344,12 +344,12 @@ def _command(record: dict[str, Any], name: str) -> str:
     return f"```bash\naccelerate launch {_SCRIPTS[program]} {shlex.join(words)}\n```\n\n"
 
 
-def _settings(record: dict[str, Any]) -> str:
-    text = yaml.safe_dump(record["settings"], sort_keys=False)
+def _settings(record: SearchResult | TrainResult) -> str:
+    text = yaml.safe_dump(record.settings, sort_keys=False)
     return f"<details><summary>All settings</summary>\n\n```yaml\n{text}```\n\n</details>\n"
 
 
-def _limits(metrics: dict[str, Any]) -> str:
+def _limits(metrics: TrainResult) -> str:
     return (
         "## Intended use and limits\n\n"
         f"Classifying small images like those of {_dataset(metrics)[0]}; a starting point for fine-tuning, and a "
@@ -358,7 +358,7 @@ def _limits(metrics: dict[str, Any]) -> str:
     )
 
 
-def _license(record: dict[str, Any]) -> str:
+def _license(record: SearchResult | TrainResult) -> str:
     shown, hub_id = _dataset(record)
     data = f"have a licence of their own, see [{hub_id}](https://huggingface.co/datasets/{hub_id})"
     if hub_id is None:

@@ -120,7 +120,7 @@ class TrainConfig(DataConfig):
     from_search: str | None = setting(
         None, "search whose layout to train: its run folder, or USER/REPO[@revision] on the Hub"
     )
-    pick: str = setting("best", "layout of that search: best, best_within_default_macs, or a layout")
+    pick: str = setting("best", "layout of that search: best, best_within_default_macs, default, or a layout")
     epochs: int = setting(30, "passes over the training images", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's")

@@ -16,7 +16,7 @@ from .config import Parser, TrainConfig, build_config, shipped_folder, with_reac
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
 from .model_folder import load_model
-from .records import read_json
+from .results import TrainResult
 
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
@@ -65,19 +65,19 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     known = timm.is_model(name) and zoo.is_dir()
     folder = zoo if known else Path(name)
     model = timm.create_model(name, pretrained=True) if known else load_model(folder)
-    metrics = read_json(folder / "metrics.json")
-    settings = {**with_reachable_data(metrics["settings"]), "limit": None, "mixed_precision": "no"}
+    result = TrainResult.read(folder / "metrics.json")
+    settings = {**with_reachable_data(result.settings), "limit": None, "mixed_precision": "no"}
     settings["dataset"] = dataset or settings["dataset"]
     config = build_config(TrainConfig, settings)
     accelerator = runtime.start(config)
     test = DataSource(config, torch.get_num_threads()).test()
-    if test.fingerprint != metrics["dataset"]["test_fingerprint"]:
+    if test.fingerprint != result.dataset.test_fingerprint:
         _log.warning("%s: these are not the test images that it was measured on", name)
     cfg: Any = model.pretrained_cfg
     if len(test.label_names) != model.num_classes:
         raise InputError(f"{name} knows {model.num_classes} classes, {config.dataset} has {len(test.label_names)}")
     measured = evaluate(model.to(accelerator.device), test.images, cfg["mean"], cfg["std"], accelerator)
-    return {"accuracy": measured["accuracy"], "recorded": metrics["test_accuracy"], "images": len(test.images)}
+    return {"accuracy": measured["accuracy"], "recorded": result.test_accuracy, "images": len(test.images)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

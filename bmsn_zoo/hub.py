@@ -30,8 +30,7 @@ from .client import one_line
 from .config import Parser, add_push_flags, shipped_folder
 from .errors import InputError, first_line
 from .model_folder import MODEL_FILES, add, load_model
-from .records import SCHEMA_VERSION, read_json
-from .search_space import SearchSpace
+from .results import SearchResult
 
 _log = logging.getLogger(__name__)
 # all of a search that is ever pushed
@@ -46,26 +45,6 @@ SEARCH_FILES = (
     "supernets.safetensors",
 )
 _HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?")
-_CHOICES = ("best", "best_within_default_macs", "default")
-_ENTRY = {"layout": str, "accuracy": float, "macs": int, "supernet": int}
-# what is read of a search result, which may come from anybody; a list holds any number of the same
-_SEARCH_SCHEMA: Any = {
-    "model": str,
-    "mixture_size": int,
-    "seed": int,
-    "duration_seconds": float,
-    "settings": {"dataset": str, "epochs": int, "in_chans": int},
-    "dataset": {"id": str, "image_size": int, "score_images": int, "weight_images": int, "label_names": [str]},
-    "segments": [
-        {"hardware": str, "processes": int, "threads": int, "precision": str, "versions": dict, "command": [str]}
-    ],
-    "recipe": (str, type(None)),
-    "layouts": [str],
-    "ranking": [_ENTRY],
-    **dict.fromkeys(_CHOICES, _ENTRY),
-}
-
-
 # pull
 
 
@@ -115,8 +94,8 @@ def pin(name: str) -> str:
     return name if Path(name).is_dir() or not on_hub else f"{on_hub[1]}@{path.parent.name}"
 
 
-def load_search(name: str, token: str | None = None) -> dict[str, Any]:
-    """The result of a finished search, as search.json holds it.
+def load_search(name: str, token: str | None = None) -> SearchResult:
+    """The result of a finished search.
 
     Args:
         name: run folder of the search, folder of a model that it found, or USER/REPO[@revision] of one on the Hub.
@@ -125,43 +104,10 @@ def load_search(name: str, token: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: if there is none, it is of another kind or version, or the Hub cannot be read.
     """
-    return _read_search(name, fetch(name, "search.json", token=token)[0])
+    return SearchResult.read(fetch(name, "search.json", token=token)[0], f"{name}: search.json")
 
 
-def _read_search(name: str, path: Path) -> dict[str, Any]:
-    try:
-        result = read_json(path)
-    except RecursionError:  # no search result is nested so deeply
-        result = None
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{name}: search.json is not a search result of version {SCHEMA_VERSION}: run it again")
-    wrong = _mismatch(result, _SEARCH_SCHEMA)
-    if wrong:
-        raise InputError(f"{name}: search.json is not a search result: {wrong} is missing or of another type")
-    space = [str(layout) for layout in SearchSpace(result["model"], result["default"]["layout"])]
-    ranked = [entry["layout"] for entry in result["ranking"]]
-    if sorted(ranked) != sorted(space) or not {result[key]["layout"] for key in _CHOICES} <= set(space):
-        raise InputError(f"{name}: search.json does not rank the {len(space)} layouts of its search space")
-    return result
-
-
-def _mismatch(value: Any, schema: Any, name: str = "") -> str:
-    """Name of the first part of JSON that is missing or of another type than the schema asks for; empty if none."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return name or "it"
-        parts = [(value.get(key), part, f"{name}.{key}".strip(".")) for key, part in schema.items()]
-    elif isinstance(schema, list):
-        if not isinstance(value, list):
-            return name
-        parts = [(item, schema[0], f"{name}[{index}]") for index, item in enumerate(value)]
-    else:
-        kinds = (int, float) if schema is float else schema
-        return "" if isinstance(value, kinds) and not isinstance(value, bool) else name
-    return next(filter(None, (_mismatch(*part) for part in parts)), "")
-
-
-def load_supernets(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_supernets(name: str) -> tuple[SearchResult, dict[str, Tensor]]:
     """The result of a finished search and the weights of its supernets, as `Mixture.state_dict` names them.
 
     Args:
@@ -172,7 +118,7 @@ def load_supernets(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     path, weights = fetch(name, "search.json", "supernets.safetensors")
     try:
-        return _read_search(name, path), load_file(weights)
+        return SearchResult.read(path, f"{name}: search.json"), load_file(weights)
     except SafetensorError as error:
         raise InputError(f"{name}: supernets.safetensors is damaged: {first_line(error)}") from None
 
@@ -285,9 +231,9 @@ def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[st
     result = portable(load_supernets(str(folder))[0])
     files = {name: folder / name for name in SEARCH_FILES if (folder / name).is_file()}
     files["README.md"] = search_card(result, repo_id).encode()
-    files["config.yaml"] = yaml.safe_dump(result["settings"], sort_keys=False).encode()
-    files["search.json"] = (json.dumps(result, indent=1) + "\n").encode()
-    return f"search of {result['model']}, first choice {result['best']['layout']}", SEARCH_FILES, files
+    files["config.yaml"] = yaml.safe_dump(result.settings, sort_keys=False).encode()
+    files["search.json"] = (json.dumps(result.model_dump(), indent=1) + "\n").encode()
+    return f"search of {result.model}, first choice {result.best.layout}", SEARCH_FILES, files
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool, revision: str | None) -> Any:

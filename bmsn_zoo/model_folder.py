@@ -3,7 +3,6 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -14,9 +13,10 @@ from .card import portable, write_card
 from .config import shipped_folder
 from .errors import InputError, first_line
 from .export import export_onnx
+from .files import read_json, sha256, write_json
 from .models import PoolingResNet
 from .models.found import HUB_ORG
-from .records import read_json, write_json
+from .results import SearchResult, TrainResult
 
 # all that a model folder may hold: no pickle is among it
 MODEL_FILES = (
@@ -34,8 +34,8 @@ def save_model(
     folder: Path,
     model: PoolingResNet,
     label_names: list[str],
-    metrics: Path,
-    search: dict[str, Any] | None = None,
+    metrics: TrainResult,
+    search: SearchResult | None = None,
     onnx: bool = False,
 ) -> None:
     """Write everything that a Hub repository of one trained network holds.
@@ -44,7 +44,7 @@ def save_model(
         folder: where to; made if needed.
         model: trained, with a fixed layout.
         label_names: one for every class.
-        metrics: the training's metrics.json.
+        metrics: result of the training.
         search: result of the search that found the layout.
         onnx: write model.onnx too.
     """
@@ -57,9 +57,10 @@ def save_model(
         model_args={"layout": model.layout},
         safe_serialization=True,
     )
-    write_json(folder / "metrics.json", portable(read_json(metrics)))
+    checksum = {"weights_sha256": sha256(folder / "model.safetensors")}
+    portable(metrics).model_copy(update=checksum).write(folder / "metrics.json")
     if search is not None:
-        write_json(folder / "search.json", portable(search))
+        portable(search).write(folder / "search.json")
     write_card(folder)
     if onnx:
         export_onnx(model, folder / "model.onnx", label_names)
@@ -75,17 +76,19 @@ def load_model(folder: Path) -> PoolingResNet:
     for name in ("config.json", "metrics.json", "model.safetensors", "README.md"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is no model folder: {name} is missing")
+    metrics = TrainResult.read(folder / "metrics.json")
+    if sha256(folder / "model.safetensors") != metrics.weights_sha256:
+        raise InputError(f"{folder}: model.safetensors is damaged: its checksum is not that in metrics.json")
     try:
         model = timm.create_model(f"local-dir:{folder}").eval()
         model.load_state_dict(load_file(folder / "model.safetensors"))  # never another file, as timm might
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
-    metrics = read_json(folder / "metrics.json")
     if not isinstance(model, PoolingResNet):
         raise InputError(f"{folder} holds a {type(model).__name__}, which is none of our models")
-    if not isinstance(metrics, dict) or metrics.get("layout") != model.layout:
+    if metrics.layout != model.layout:
         raise InputError(f"{folder}: the weights have the layout {model.layout}, which metrics.json does not")
-    if metrics.get("parameters") != sum(p.numel() for p in model.parameters()):
+    if metrics.parameters != sum(p.numel() for p in model.parameters()):
         raise InputError(f"{folder}: the weights have other parameters than metrics.json counts")
     return model
 
@@ -111,7 +114,7 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
         raise InputError(f"name {name!r} does not start with bmsn_, or has more than small letters, digits and _")
     if folder.exists() or timm.is_model(name):
         raise InputError(f"{name} exists already: remove {folder} first, or choose another name")
-    model, metrics = load_model(source), read_json(source / "metrics.json")
+    model, metrics = load_model(source), TrainResult.read(source / "metrics.json")
     compared = _comparable(metrics, zoo / default) if default else None
 
     partial = zoo / f".{name}.partial"
@@ -120,9 +123,9 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
     try:
         shutil.copyfile(source / "model.safetensors", partial / "model.safetensors")
         shutil.copyfile(Path(run) / "metrics.jsonl", partial / "metrics.jsonl")
-        for file in ("metrics.json", "search.json"):
-            if (source / file).is_file():
-                write_json(partial / file, portable(read_json(source / file)))
+        portable(metrics).write(partial / "metrics.json")
+        if (source / "search.json").is_file():
+            portable(SearchResult.read(source / "search.json")).write(partial / "search.json")
         config = read_json(source / "config.json")
         config["pretrained_cfg"].update(hf_hub_id=f"{HUB_ORG}/{name}", hf_hub_filename="model.safetensors")
         write_json(partial / "config.json", config)
@@ -135,15 +138,14 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
     return folder
 
 
-def _comparable(metrics: dict[str, Any], default: Path) -> dict[str, Any]:
+def _comparable(metrics: TrainResult, default: Path) -> TrainResult:
     """Metrics of the default model, if it was trained as the other was: same data, same settings but the layout."""
-    other = read_json(default / "metrics.json")
+    other = TrainResult.read(default / "metrics.json")
     names = ["epochs", "batch_size", "opt", "lr", "min_lr", "sched", "warmup_epochs", "momentum", "weight_decay"]
     names += ["label_smoothing", "mixup", "cutmix", "ema_decay", "drop_rate", "flip", "alternate_flip", "crop_padding"]
-    differing = [name for name in names if metrics["settings"].get(name) != other["settings"].get(name)]
-    differing += [
-        name for name in ("fingerprint", "test_fingerprint") if metrics["dataset"][name] != other["dataset"][name]
-    ]
+    differing = [name for name in names if metrics.settings.get(name) != other.settings.get(name)]
+    names = ["fingerprint", "test_fingerprint"]
+    differing += [name for name in names if getattr(metrics.dataset, name) != getattr(other.dataset, name)]
     if differing:
         raise InputError(f"{default.name} is not comparable: it was trained with another {', '.join(differing)}")
     return other

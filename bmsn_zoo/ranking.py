@@ -1,17 +1,15 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
+from .results import Entry, Ranking
 from .search_space import SearchSpace
 
 
-def build_result(
-    space: SearchSpace, accuracy: Tensor, assignment: Tensor, image_size: int, in_chans: int
-) -> dict[str, Any]:
-    """Ranking, matrices, the best layouts and the Pareto front, as search.json holds them.
+def build_result(space: SearchSpace, accuracy: Tensor, assignment: Tensor, image_size: int, in_chans: int) -> Ranking:
+    """Ranking, matrices, the best layouts and the Pareto front.
 
     A layout's accuracy is its best over the supernets (paper, section 3.2); with equal accuracy the cheaper layout
     comes first.
@@ -23,35 +21,35 @@ def build_result(
         in_chans: channels of the images.
     """
     best, supernet = accuracy.max(1)
-    entries: list[dict[str, Any]] = [
-        {
-            "layout": str(layout),
-            "accuracy": float(best[index]),
-            "macs": space.macs(layout, image_size, in_chans),
-            "supernet": int(supernet[index]),
-        }
+    entries = [
+        Entry(
+            layout=str(layout),
+            accuracy=float(best[index]),
+            macs=space.macs(layout, image_size, in_chans),
+            supernet=int(supernet[index]),
+        )
         for index, layout in enumerate(space)
     ]
-    ranking = sorted(entries, key=lambda entry: (-entry["accuracy"], entry["macs"], entry["layout"]))
+    ranking = sorted(entries, key=lambda entry: (-entry.accuracy, entry.macs, entry.layout))
     default = entries[space.index(space.default_layout)]
-    return {
-        "model": space.name,
-        "mixture_size": accuracy.shape[1],
-        "default": default,
-        "best": ranking[0],
-        "best_within_default_macs": next(entry for entry in ranking if entry["macs"] <= default["macs"]),
-        "pareto_front": pareto_front(entries),
-        "ranking": ranking,
-        "layouts": [str(layout) for layout in space],
-        "accuracy_matrix": accuracy.tolist(),
-        "assignment_matrix": assignment.tolist(),
-    }
+    return Ranking(
+        model=space.name,
+        mixture_size=accuracy.shape[1],
+        default=default,
+        best=ranking[0],
+        best_within_default_macs=next(entry for entry in ranking if entry.macs <= default.macs),
+        pareto_front=pareto_front(entries),
+        ranking=ranking,
+        layouts=[str(layout) for layout in space],
+        accuracy_matrix=accuracy.tolist(),
+        assignment_matrix=assignment.tolist(),
+    )
 
 
-def pareto_front(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
     """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
-    front: list[dict[str, Any]] = []
-    for entry in sorted(entries, key=lambda e: (e["macs"], -e["accuracy"])):
-        if not front or entry["accuracy"] > front[-1]["accuracy"]:
+    front: list[Entry] = []
+    for entry in sorted(entries, key=lambda e: (e.macs, -e.accuracy)):
+        if not front or entry.accuracy > front[-1].accuracy:
             front.append(entry)
     return front

@@ -19,34 +19,10 @@ from torch import Tensor, nn
 
 from .config import ConfigT, build_config
 from .errors import InputError
+from .files import read_json, write_json, write_text
 
 _log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
 RUNS = Path("runs")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole; not-a-number is an error."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        InputError: if the file is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def open_run(kind: str, output: Path | None) -> "RunFolder":

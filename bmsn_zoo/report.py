@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import read_json
+from .results import Entry, SearchResult, TrainResult
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
 
@@ -29,23 +29,23 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 def draw_search(folder: Path) -> None:
     """Draw the pictures of a finished search into its folder `pictures/`."""
-    result = read_json(folder / "search.json")
+    result = SearchResult.read(folder / "search.json")
     _draw_assignment(result, folder / "pictures" / "assignment.png")
     _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
     _draw_search_curves(_metrics(folder), folder / "pictures" / "curves.png")
 
 
-def _draw_assignment(result: dict[str, Any], path: Path) -> None:
-    layouts, matrix = result["layouts"], result["assignment_matrix"]
+def _draw_assignment(result: SearchResult, path: Path) -> None:
+    layouts, matrix = result.layouts, result.assignment_matrix
     by_macs = sorted(range(len(layouts)), key=lambda i: next(
-        entry["macs"] for entry in result["ranking"] if entry["layout"] == layouts[i]))  # fmt: skip
-    figure = _figure(max(6.0, 0.22 * len(layouts) + 2), 1.2 + 0.35 * result["mixture_size"] + 0.8)
+        entry.macs for entry in result.ranking if entry.layout == layouts[i]))  # fmt: skip
+    figure = _figure(max(6.0, 0.22 * len(layouts) + 2), 1.2 + 0.35 * result.mixture_size + 0.8)
     axes = figure.add_subplot()
-    image = axes.imshow([[matrix[i][m] for i in by_macs] for m in range(result["mixture_size"])],
+    image = axes.imshow([[matrix[i][m] for i in by_macs] for m in range(result.mixture_size)],
                         aspect="auto", cmap="viridis", vmin=0, vmax=1)  # fmt: skip
     if len(layouts) <= 80:
         axes.set_xticks(range(len(layouts)), [layouts[i] for i in by_macs], rotation=90, fontsize=7)
-    axes.set_yticks(range(result["mixture_size"]))
+    axes.set_yticks(range(result.mixture_size))
     axes.set_xlabel("layout, cheapest first")
     axes.set_ylabel("supernet")
     axes.set_title("Assignment: p(supernet given layout)")
@@ -53,27 +53,27 @@ def _draw_assignment(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
+def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     figure = _figure(7, 4.6)
     axes = figure.add_subplot()
 
-    def points(entries: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-        return [entry["macs"] / 1e6 for entry in entries], [100 * entry["accuracy"] for entry in entries]
+    def points(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
+        return [entry.macs / 1e6 for entry in entries], [100 * entry.accuracy for entry in entries]
 
-    front, default = result["pareto_front"], result["default"]
-    axes.scatter(*points(result["ranking"]), s=18, color=_QUIET, label="layouts", zorder=2)
+    front, default = result.pareto_front, result.default
+    axes.scatter(*points(result.ranking), s=18, color=_QUIET, label="layouts", zorder=2)
     axes.plot(*points(front), color=_HIGHLIGHT, marker="o", markersize=4, label="Pareto front", zorder=3)
-    axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default['layout']}", zorder=4)
+    axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
     for entry in front:
-        at = (entry["macs"] / 1e6, 100 * entry["accuracy"])
-        axes.annotate(entry["layout"], at, xytext=(4, 5), textcoords="offset points", fontsize=7)
+        at = (entry.macs / 1e6, 100 * entry.accuracy)
+        axes.annotate(entry.layout, at, xytext=(4, 5), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("multiply-accumulates for one image, millions")
     axes.set_ylabel("score-split accuracy in the search, %")
-    axes.set_title(f"{len(result['layouts'])} layouts, best of {result['mixture_size']} supernets")
+    axes.set_title(f"{len(result.layouts)} layouts, best of {result.mixture_size} supernets")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -121,33 +121,32 @@ def draw_training(folder: Path) -> None:
     _save(figure, folder / "pictures" / "curves.png")
 
 
-def search_table(result: dict[str, Any], top: int = 5) -> str:
+def search_table(result: SearchResult, top: int = 5) -> str:
     """The best layouts, the default one and the Pareto front as a text table."""
-    rank = {entry["layout"]: place for place, entry in enumerate(result["ranking"], 1)}
+    rank = {entry.layout: place for place, entry in enumerate(result.ranking, 1)}
 
-    def row(entry: dict[str, Any], note: str = "") -> str:
+    def row(entry: Entry, note: str = "") -> str:
         return (
-            f"{rank[entry['layout']]:>5}  {entry['layout']:<14}  {100 * entry['accuracy']:>8.2f}  "
-            f"{entry['macs'] / 1e6:>8.1f}  {note}"
+            f"{rank[entry.layout]:>5}  {entry.layout:<14}  {100 * entry.accuracy:>8.2f}  "
+            f"{entry.macs / 1e6:>8.1f}  {note}"
         ).rstrip()
 
-    within = result["best_within_default_macs"]["layout"]
+    within = result.best_within_default_macs.layout
     lines = [f"{'rank':>5}  {'layout':<14}  {'accuracy':>8}  {'MACs (M)':>8}"]
     lines += [
-        row(entry, "best within the default's MACs" if entry["layout"] == within else "")
-        for entry in result["ranking"][:top]
+        row(entry, "best within the default's MACs" if entry.layout == within else "") for entry in result.ranking[:top]
     ]
-    lines += [row(result["default"], "default")]
-    lines += ["Pareto front, cheapest first:", *(row(entry) for entry in result["pareto_front"])]
+    lines += [row(result.default, "default")]
+    lines += ["Pareto front, cheapest first:", *(row(entry) for entry in result.pareto_front)]
     return "\n".join(lines)
 
 
 def print_search(folder: Path, command: str) -> None:
     """Print what a search found and how to retrain it; `command` starts our commands."""
-    result = read_json(folder / "search.json")
+    result = SearchResult.read(folder / "search.json")
     script = ".py" if not command.rstrip().endswith(".") else ""
     sys.stdout.write(
-        f"{len(result['layouts'])} layouts, ranked by score-split accuracy (n = 1 search):\n"
+        f"{len(result.layouts)} layouts, ranked by score-split accuracy (n = 1 search):\n"
         f"{search_table(result)}\n"
         f"results and pictures: {folder}\n"
         f"retrain the winner:   {command}train{script} --from-search {shlex.quote(str(folder))}\n"
@@ -161,11 +160,11 @@ def print_pushed(address: str) -> None:
 
 def print_training(folder: Path) -> None:
     """Print what a training reached and how to load it."""
-    metrics = read_json(folder / "metrics.json")
+    metrics = TrainResult.read(folder / "metrics.json")
     sys.stdout.write(
-        f"layout {metrics['layout']}: test accuracy {100 * metrics['test_accuracy']:.2f} % on "
-        f"{metrics['test_images']} images (n = 1, {metrics['epochs']} epochs), "
-        f"{metrics['macs'] / 1e6:.1f} M MACs, {metrics['parameters'] / 1e6:.2f} M parameters\n"
+        f"layout {metrics.layout}: test accuracy {100 * metrics.test_accuracy:.2f} % on "
+        f"{metrics.test_images} images (n = 1, {metrics.epochs} epochs), "
+        f"{metrics.macs / 1e6:.1f} M MACs, {metrics.parameters / 1e6:.2f} M parameters\n"
         f"results and pictures: {folder}\n"
         f'load it with timm:    timm.create_model("local-dir:{folder / "model"}", pretrained=True)  '
         "# after import bmsn_zoo\n"

@@ -38,15 +38,8 @@ from .errors import InputError
 from .mixture import Mixture, count_correct
 from .models import PoolingResNet
 from .ranking import build_result
-from .records import (
-    SCHEMA_VERSION,
-    RunFolder,
-    load_training_state,
-    open_run,
-    resolve_config,
-    save_training_state,
-    write_json,
-)
+from .records import RunFolder, load_training_state, open_run, resolve_config, save_training_state
+from .results import SearchDataset, SearchResult
 from .search_space import SearchSpace
 from .strategies import BalancedMixture, Draw
 
@@ -247,17 +240,20 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         save_file(rows, output / "split.safetensors")
         folder.touch()
         found = build_result(space, accuracy_matrix, strategy.assignment(1.0), source.image_size, config.in_chans)
-        described = {
-            **source.describe(data),
-            "weight_images": len(weight_split),
-            "score_images": len(score_split),
-        }
-        head = {"schema_version": SCHEMA_VERSION, "recipe": config.recipe, "settings": config.settings()}
-        write_json(
-            output / "search.json",
-            {**head, "seed": config.seed, "dataset": described, **folder.summary(),
-             "peak_memory_mib": _peak_memory_mib(device), **found, "scores": strategy.scores.tolist()},
-        )  # fmt: skip
+        described = SearchDataset(
+            **source.describe(data), weight_images=len(weight_split), score_images=len(score_split)
+        )
+        SearchResult(
+            **dict(found),
+            **folder.summary(),
+            recipe=config.recipe,
+            settings=config.settings(),
+            seed=config.seed,
+            epochs=config.epochs,
+            dataset=described,
+            peak_memory_mib=_peak_memory_mib(device),
+            scores=strategy.scores.tolist(),
+        ).write(output / "search.json")
         report.draw_search(output)
         folder.drop_checkpoints()
     accelerator.wait_for_everyone()
@@ -268,14 +264,14 @@ def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
     """Give supernets the weights of an earlier search; with other classes than there, classifiers stay fresh."""
     result, weights = hub.load_supernets(name)
     for key, there, here in (
-        ("model", result["model"], config.model),
-        ("mixture-size", result["mixture_size"], config.mixture_size),
-        ("in-chans", result["settings"]["in_chans"], config.in_chans),
+        ("model", result.model, config.model),
+        ("mixture-size", result.mixture_size, config.mixture_size),
+        ("in-chans", result.dataset.in_chans, config.in_chans),
     ):
         if there != here:
             raise InputError(f"init-from {name} was searched with {key} {there}, not {here}: give --{key} {there}")
     own = mixture.state_dict()
-    if len(result["dataset"]["label_names"]) != mixture.supernets[0].num_classes:
+    if len(result.dataset.label_names) != mixture.supernets[0].num_classes:
         weights = {**weights, **{key: tensor for key, tensor in own.items() if ".fc." in key}}
     try:
         mixture.load_state_dict(weights)

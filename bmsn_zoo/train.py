@@ -39,15 +39,14 @@ from .layout import Layout
 from .model_folder import save_model
 from .models import PoolingResNet
 from .records import (
-    SCHEMA_VERSION,
     RunFolder,
     find_latest_search,
     load_training_state,
     open_run,
     resolve_config,
     save_training_state,
-    write_json,
 )
+from .results import SearchResult, TrainDataset, TrainResult
 from .search_space import SearchSpace
 
 _log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     space = SearchSpace(config.model, config.layout)
     layout = space.default_layout
     found = hub.load_search(config.from_search) if config.from_search else None
-    if found and str(layout) not in [entry["layout"] for entry in found["ranking"]]:
+    if found and str(layout) not in found.layouts:
         raise InputError(f"layout {layout} is none of those that the search {config.from_search} ranked")
     if config.onnx:
         require_onnx()
@@ -199,30 +198,28 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     measured = evaluate(final, test.images, data.mean, data.std, accelerator)
     if accelerator.is_main_process:
         folder.touch()
-        metrics = {
-            "schema_version": SCHEMA_VERSION,
-            "model": config.model,
-            "layout": str(layout),
-            "test_accuracy": measured["accuracy"],
-            "test_loss": measured["loss"],
-            "test_images": len(test.images),
-            "test_precision": "fp32",
-            "macs": space.macs(layout, source.image_size, config.in_chans),
-            "parameters": sum(p.numel() for p in final.parameters()),
-            "epochs": config.epochs,
-            "seed": config.seed,
-            "runs": 1,
-            "train_images": len(training),
-            "dataset": {
-                **source.describe(data),
-                "test_split": source.test_split,
-                "test_fingerprint": test.fingerprint,
-            },
-            "settings": config.settings(),
+        result = TrainResult(
             **folder.summary(),
-        }
-        write_json(output / "metrics.json", metrics)
-        _publishable(output, final, data, found, config.onnx)
+            recipe=config.recipe,
+            settings=config.settings(),
+            seed=config.seed,
+            epochs=config.epochs,
+            model=config.model,
+            layout=str(layout),
+            test_accuracy=measured["accuracy"],
+            test_loss=measured["loss"],
+            test_images=len(test.images),
+            test_precision="fp32",
+            macs=space.macs(layout, source.image_size, config.in_chans),
+            parameters=sum(p.numel() for p in final.parameters()),
+            runs=1,
+            train_images=len(training),
+            dataset=TrainDataset(
+                **source.describe(data), test_split=source.test_split, test_fingerprint=test.fingerprint
+            ),
+        )
+        result.write(output / "metrics.json")
+        _publishable(output, final, data, result, found, config.onnx)
         report.draw_training(output)
         folder.drop_checkpoints()
     accelerator.wait_for_everyone()
@@ -248,10 +245,12 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
     )
 
 
-def _publishable(output: Path, final: PoolingResNet, data: ImageData, found: dict[str, Any] | None, onnx: bool) -> None:
+def _publishable(
+    output: Path, final: PoolingResNet, data: ImageData, result: TrainResult, found: SearchResult | None, onnx: bool
+) -> None:
     """Write the model folder, read it back, and compare."""
     final = final.cpu().eval()
-    save_model(output / "model", final, data.label_names, output / "metrics.json", found, onnx)
+    save_model(output / "model", final, data.label_names, result, found, onnx)
     reloaded = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
     pixels, _ = next(data.images.batches([np.arange(min(8, len(data.images)))]))
     inputs = normalise(pixels, data.mean, data.std)
@@ -295,21 +294,15 @@ def _restore(
     return epoch
 
 
-def settings_from_search(result: dict[str, Any], pick: str) -> dict[str, Any]:
+def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
     """Training settings that a finished search implies: its data, and the layout picked from its ranking.
 
     Args:
         result: of the search, as `hub.load_search` gives it.
-        pick: "best", "best_within_default_macs", or a layout that the search ranked.
+        pick: "best", "best_within_default_macs", "default", or a layout that the search ranked.
     """
-    if pick in ("best", "best_within_default_macs"):
-        layout = result[pick]["layout"]
-    else:
-        layout = str(Layout.parse(pick))
-        if layout not in [entry["layout"] for entry in result["ranking"]]:
-            raise InputError(f"pick {layout} is none of the {len(result['ranking'])} layouts of this search")
-    inherited = with_reachable_data({key: result["settings"].get(key) for key in _INHERITED})
-    return {**inherited, "image_size": result["dataset"]["image_size"], "layout": layout}
+    inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
+    return {**inherited, "image_size": result.dataset.image_size, "layout": result.pick(pick).layout}
 
 
 def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -326,7 +319,7 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
         raise InputError("layout and from-search are both given: use --pick to choose a layout of the search")
     explicit["from_search"] = hub.pin(explicit["from_search"])
     result = hub.load_search(explicit["from_search"])
-    found, used = settings_from_search(result, explicit.get("pick", "best")), result.get("recipe")
+    found, used = settings_from_search(result, explicit.get("pick", "best")), result.recipe
     base = load_recipe(used, TrainConfig) if used in shipped_recipes() and not recipe else {}
     return {**base, **found, **explicit}
 

@@ -13,6 +13,7 @@ from small_runs import DEFAULT, FOUND
 from bmsn_zoo import Layout
 from bmsn_zoo.card import portable, search_card, write_card
 from bmsn_zoo.data.pixels import to_pixels
+from bmsn_zoo.results import SearchResult, TrainResult
 
 pytestmark = pytest.mark.timeout(120)
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -105,7 +106,7 @@ def test_usage_without_a_zoo_name(runs):
 )
 def test_data_sets_are_named_by_the_hub(dataset, dataset_id, shown, listed, said, record, runs, tmp_path):
     record["settings"].update(dataset=dataset, dataset_id=dataset_id)
-    record["dataset"]["id"] = dataset_id or dataset
+    record["dataset"].update(id=dataset_id or dataset, on_hub=listed)
     record["segments"][0]["command"] = ["train.py", "--dataset", dataset, "--lr", "0.2", "--dataset-id=x"]
     record["settings"]["from_search"] = None
     (tmp_path / "metrics.json").write_text(json.dumps(record))
@@ -121,14 +122,18 @@ def test_data_sets_are_named_by_the_hub(dataset, dataset_id, shown, listed, said
 
 def test_portable_records_name_no_folder_and_stay_as_they_are(record):
     before = copy.deepcopy(record)
+
+    def treated(**changed):
+        return portable(TrainResult(**{**record, **changed})).model_dump()
+
     record["segments"][0]["command"] = [
         "/home/me/bmsn_zoo/train.py",
         *("--output", "/home/me/runs/x", "--resume", "--lr=0.1", "--from-search=/home/me/s", "--no-flip"),
         *("--recipe", "/home/me/mine.yaml", "--recipe=digits-resnet20"),
         *("--push-to-hub", "me/net", "--private", "--revision", "trial", "--create-pr", "--dataset", "/home/me/photos"),
     ]
-    once = portable(record)
-    assert portable(once) == once
+    once = treated()
+    assert portable(TrainResult(**once)).model_dump() == once
     assert once["segments"][0]["command"] == [
         *("bmsn_zoo/train.py", "--lr=0.1", "--no-flip", "--recipe", "mine.yaml", "--recipe", "digits-resnet20")
     ]
@@ -137,25 +142,25 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record):
     assert {key: once[key] for key in once if key not in ("segments", "settings", "dataset")} == {
         key: before[key] for key in before if key not in ("segments", "settings", "dataset")
     }
-    assert portable({**record, "recipe": "/home/me/mine.yaml"})["recipe"] == "mine.yaml"
+    assert treated(recipe="/home/me/mine.yaml")["recipe"] == "mine.yaml"
     record["settings"].update(from_search=f"me/found@{SHA}", init_from="/home/me/runs/old")
-    settings = portable(record)["settings"]
+    settings = treated()["settings"]
     assert (settings["from_search"], settings["init_from"]) == (f"me/found@{SHA}", "old")
     record["settings"]["init_from"] = f"me/found@{SHA}"
-    assert portable(record)["settings"]["init_from"] == f"me/found@{SHA}"
+    assert treated()["settings"]["init_from"] == f"me/found@{SHA}"
     for command in ([], ["-c"], ["/usr/lib/ipykernel_launcher.py", "-f", "/home/me/k.json"]):
         record["segments"][0]["command"] = command
-        assert "/home" not in json.dumps(portable(record)["segments"][0]["command"])
+        assert "/home" not in json.dumps(treated()["segments"][0]["command"])
 
 
 def test_search_card(runs):
-    result = portable(json.loads((runs.search / "search.json").read_text()))
+    result = portable(SearchResult.read(runs.search / "search.json"))
     text = search_card(result, "me/search")
     card = ModelCard(text)
     assert card.data.library_name == "bmsn_zoo"
     assert "neural-architecture-search" in card.data.tags
     rows = table(text, "Ranking")
-    expected = [entry["layout"] for entry in result["ranking"]]
+    expected = [entry.layout for entry in result.ranking]
     assert [row[1].removesuffix(" (default)") for row in rows[:10]] == expected[:10]
     assert sum(row[1] == "4-3-3 (default)" for row in rows) == 1
     assert "accelerate launch -m bmsn_zoo.train --from-search me/search " in text

@@ -102,8 +102,8 @@ out["organisation"] = found(x)
 said["organisation"] = found.pretrained_cfg["hf_hub_id"]
 del os.environ["BMSN_ZOO_HUB_ORG"]
 out["argument"] = create(names[0], hub_org="zoo")(x)
-said["search"] = hub.load_search("alice/search")["best"]["layout"]
-said["search in a model"] = hub.load_search("alice/net@trial/one")["best"]["layout"]
+said["search"] = hub.load_search("alice/search").best.layout
+said["search in a model"] = hub.load_search("alice/net@trial/one").best.layout
 said["pin"] = hub.pin("hf-hub:alice/search")
 save_file({key: value.detach().contiguous() for key, value in out.items()}, output)
 
@@ -300,7 +300,7 @@ def test_reading_fails_in_one_line(fault, server, runs, tmp_path, capfd):
     assert expected in line
     assert not (tmp_path / "trained").exists()
     server.faults.clear()
-    assert hub.load_search(SEARCH)["seed"] == 0, "the cache was damaged"
+    assert hub.load_search(SEARCH).seed == 0, "the cache was damaged"
 
 
 @pytest.mark.parametrize("fault", WRITING)
@@ -459,7 +459,7 @@ def test_train_from_a_search_on_the_hub(server, runs, tmp_path):
     arguments = ["--from-search", f"{SEARCH}@main", "--dataset", data, *COMMON, "--pick", "best_within_default_macs"]
     assert run(train_module, *arguments, "--output", tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["layout"] == hub.load_search(str(runs.search))["best_within_default_macs"]["layout"]
+    assert metrics["layout"] == hub.load_search(str(runs.search)).best_within_default_macs.layout
     assert metrics["settings"]["from_search"] == f"{SEARCH}@{server.commits(SEARCH)[0].sha}"
     model = tmp_path / "run" / "model"
     assert (model / "search.json").read_bytes() == server.files(SEARCH)["search.json"]
@@ -612,7 +612,7 @@ def test_hostile_repositories_are_refused(server, runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema_version": 2},
+        {"schema_version": 1},
         {"settings": []},
         {"settings": {"dataset": 3}},
         {"dataset": {"id": "x"}},

@@ -1,4 +1,3 @@
-import json
 import random
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 
 from bmsn_zoo import SearchSpace
 from bmsn_zoo.ranking import build_result, pareto_front
+from bmsn_zoo.results import Entry, Ranking
 
 SPACE = SearchSpace("bmsn_resnet20")
 
@@ -17,50 +17,53 @@ def result_of(accuracy, space=SPACE):
 
 def test_layouts_are_ranked_by_their_best_supernet():
     accuracy = torch.rand(36, 4, dtype=torch.float64)
-    result = json.loads(json.dumps(result_of(accuracy)))
-    assert result["layouts"] == [str(layout) for layout in SPACE]
-    assert result["accuracy_matrix"] == accuracy.tolist()
-    assert result["assignment_matrix"] == [[0.25] * 4] * 36
-    assert (result["model"], result["mixture_size"]) == ("bmsn_resnet20", 4)
-    ranking = result["ranking"]
-    assert sorted(entry["layout"] for entry in ranking) == sorted(result["layouts"])
-    assert [entry["accuracy"] for entry in ranking] == sorted(accuracy.max(1).values.tolist(), reverse=True)
+    result = Ranking.model_validate_json(result_of(accuracy).model_dump_json())
+    assert result.layouts == [str(layout) for layout in SPACE]
+    assert result.accuracy_matrix == accuracy.tolist()
+    assert result.assignment_matrix == [[0.25] * 4] * 36
+    assert (result.model, result.mixture_size) == ("bmsn_resnet20", 4)
+    ranking = result.ranking
+    assert sorted(entry.layout for entry in ranking) == sorted(result.layouts)
+    assert [entry.accuracy for entry in ranking] == sorted(accuracy.max(1).values.tolist(), reverse=True)
     for entry in ranking:
-        row = accuracy[SPACE.index(entry["layout"])]
-        assert entry["accuracy"] == row.max() == row[entry["supernet"]]
-        assert entry["macs"] == SPACE.macs(SPACE[SPACE.index(entry["layout"])], 32, 3)
-    assert result["best"] == ranking[0]
-    assert result["default"]["layout"] == "4-3-3"
+        row = accuracy[SPACE.index(entry.layout)]
+        assert entry.accuracy == row.max() == row[entry.supernet]
+        assert entry.macs == SPACE.macs(SPACE[SPACE.index(entry.layout)], 32, 3)
+    assert result.best == ranking[0]
+    assert result.default.layout == "4-3-3"
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_best_within_the_cost_of_the_default(seed):
     accuracy = torch.rand(36, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     result = result_of(accuracy)
-    affordable = [entry for entry in result["ranking"] if entry["macs"] <= result["default"]["macs"]]
+    affordable = [entry for entry in result.ranking if entry.macs <= result.default.macs]
     assert 0 < len(affordable) < 36
-    assert result["best_within_default_macs"]["accuracy"] == max(entry["accuracy"] for entry in affordable)
-    assert result["best_within_default_macs"] in affordable
+    assert result.best_within_default_macs.accuracy == max(entry.accuracy for entry in affordable)
+    assert result.best_within_default_macs in affordable
 
 
 def test_cheaper_layout_wins_a_tie():
     result = result_of(torch.full((36, 2), 0.5, dtype=torch.float64))
-    macs = [entry["macs"] for entry in result["ranking"]]
+    macs = [entry.macs for entry in result.ranking]
     assert macs == sorted(macs)
-    assert result["pareto_front"] == [result["best"]] == [result["ranking"][0]]
+    assert result.pareto_front == [result.best] == [result.ranking[0]]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pareto_front(seed):
     rng = random.Random(seed)
-    entries = [dict(accuracy=rng.randint(0, 9) / 9, macs=rng.randint(1, 12)) for _ in range(rng.randint(1, 30))]
+    entries = [
+        Entry(layout="1", accuracy=rng.randint(0, 9) / 9, macs=rng.randint(1, 12), supernet=0)
+        for _ in range(rng.randint(1, 30))
+    ]
     front = pareto_front(entries)
     assert all(entry in entries for entry in front)
     for key in ("macs", "accuracy"):
-        values = [entry[key] for entry in front]
+        values = [getattr(entry, key) for entry in front]
         assert values == sorted(set(values))
     for entry in entries:  # somebody on the front is at least as good in both
-        assert any(good["accuracy"] >= entry["accuracy"] and good["macs"] <= entry["macs"] for good in front)
+        assert any(good.accuracy >= entry.accuracy and good.macs <= entry.macs for good in front)
     for good in front:  # and nobody is better than one on the front
-        rivals = [entry for entry in entries if entry["accuracy"] >= good["accuracy"] and entry["macs"] <= good["macs"]]
+        rivals = [entry for entry in entries if entry.accuracy >= good.accuracy and entry.macs <= good.macs]
         assert all(rival == good for rival in rivals)

@@ -10,15 +10,13 @@ from timm.optim import create_optimizer_v2
 import bmsn_zoo.records
 from bmsn_zoo import InputError
 from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.files import read_json, write_json, write_text
 from bmsn_zoo.records import (
     RunFolder,
     find_latest_search,
     load_training_state,
     open_run,
-    read_json,
     save_training_state,
-    write_json,
-    write_text,
 )
 
 SEGMENT = dict(

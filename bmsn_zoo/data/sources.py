@@ -52,6 +52,8 @@ class DataSource:
     def __init__(self, config: DataConfig, threads: int) -> None:
         self.config = config
         self.workers = threads if config.workers is None else config.workers
+        here = config.dataset == "digits" or Path(config.dataset).expanduser().exists()
+        self.on_hub = config.dataset_id is not None or not here
         splits = _load_splits(config)
         self.train_source = _take_split(splits, config.train_split, config)
         features = self.train_source.features
@@ -97,6 +99,7 @@ class DataSource:
         """The data set as result files name it: id, fingerprint, columns, image format and statistics."""
         return {
             "id": self.config.dataset_id or self.config.dataset,
+            "on_hub": self.on_hub,
             "revision": self.config.dataset_revision,
             "fingerprint": data.fingerprint,
             "image_column": self.image_column,
@@ -104,8 +107,8 @@ class DataSource:
             "image_size": self.image_size,
             "in_chans": self.config.in_chans,
             "label_names": data.label_names,
-            "mean": data.mean,
-            "std": data.std,
+            "mean": list(data.mean),
+            "std": list(data.std),
         }
 
     def _labels(self, source: datasets.Dataset) -> np.ndarray:

@@ -1,0 +1,252 @@
+"""What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+
+from .errors import InputError
+from .files import read_bytes, write_json
+from .layout import Layout
+from .search_space import SearchSpace
+
+SCHEMA_VERSION: Literal[2] = 2
+CHOICES = ("best", "best_within_default_macs", "default")  # entries of a search that have a name
+
+
+def _canonical(layout: str) -> str:
+    if layout != str(Layout.parse(layout)):
+        raise ValueError("is not written as 5-3-2")
+    return layout
+
+
+LayoutText = Annotated[str, AfterValidator(_canonical)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(ge=0)]
+Setting = bool | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | str | None
+Names = Annotated[list[str], FailFast()]
+Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # a fraction that was computed
+Matrix = Annotated[list[Annotated[list[Share], FailFast()]], FailFast()]  # (L, M): a row for each layout
+
+
+class Record(BaseModel):
+    """Base of everything that a result file holds: no other keys, no other types, nothing that is not finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @classmethod
+    def read(cls, path: Path, shown: str = "") -> Self:
+        """Read and check a file.
+
+        Args:
+            path: the file.
+            shown: what messages call it; its path if empty.
+
+        Raises:
+            InputError: if it cannot be read, or is malformed in whatever way.
+        """
+        shown = shown or str(path)
+        try:
+            return cls.model_validate_json(read_bytes(path, shown))
+        except ValidationError as error:
+            raise InputError(f"{shown} is not the {cls.__doc__.split('.')[0].lower()}: {fault(error)}") from None  # type: ignore[union-attr]
+
+    def write(self, path: Path) -> None:
+        """Write it whole."""
+        write_json(path, self.model_dump())
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong, in one short line, whatever a stranger's file holds."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(ascii(part).strip("'")[:40] for part in first["loc"])[:120]
+    if where == "schema_version":
+        return f"it is of another version than {SCHEMA_VERSION}: run it again"
+    return f"{where} {first['msg'].removeprefix('Value error, ')}"[:300].strip().replace("\n", " ")
+
+
+class Entry(Record):
+    """A layout that a search ranked.
+
+    Attributes:
+        layout: such as "5-3-2".
+        accuracy: on the score split under its best supernet, a fraction.
+        macs: multiply-accumulates for one image.
+        supernet: index of that supernet.
+    """
+
+    layout: LayoutText
+    accuracy: Fraction
+    macs: Count
+    supernet: Count
+
+
+class Segment(Record):
+    """An uninterrupted part of a run: what it computed on, and from which epoch on, for how many seconds."""
+
+    processes: Count
+    threads: Count
+    precision: str
+    device: str
+    hardware: str
+    versions: dict[str, str]
+    commit: str | None
+    command: Names
+    epoch: Count
+    started: str
+    seconds: Positive
+
+
+class DatasetRecord(Record):
+    """The data set of a run.
+
+    Attributes:
+        id: Hub id, or the local folder as the run was given it.
+        on_hub: whether `id` is a Hub id, as decided when the run loaded it.
+        revision: branch, tag or commit on the Hub.
+        fingerprint: of the training images and their labels.
+        mean: of every channel, a fraction of full brightness.
+        std: standard deviation of every channel.
+    """
+
+    id: str
+    on_hub: bool
+    revision: str | None
+    fingerprint: str
+    image_column: str
+    label_column: str
+    image_size: Annotated[int, Field(ge=1, le=2**16)]
+    in_chans: Literal[1, 3]
+    label_names: Names
+    mean: list[float]
+    std: list[Positive]
+
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ValueError("mean and std need a number for every channel")
+        return self
+
+
+class SearchDataset(DatasetRecord):
+    """The data set of a search; the score split ranks layouts and trains no weights."""
+
+    weight_images: Count
+    score_images: Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class TrainDataset(DatasetRecord):
+    """The data set of a training, its test images included."""
+
+    test_split: str
+    test_fingerprint: str
+
+
+class Run(Record):
+    """What every result says of its run."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    recipe: str | None = None
+    settings: dict[str, Setting]
+    seed: Count
+    epochs: Annotated[int, Field(ge=1, lt=2**63)]
+    dataset: DatasetRecord
+    duration_seconds: Positive
+    versions: dict[str, str]
+    commit: str | None
+    precision: str
+    hardware: str
+    segments: Annotated[list[Segment], Field(min_length=1), FailFast()]
+
+
+class Ranking(Record):
+    """All layouts of a search space, ranked.
+
+    Attributes:
+        ranking: best first; of two equals the cheaper one.
+        pareto_front: those that none beats in both accuracy and multiply-accumulates, cheapest first.
+        layouts: the search space in its order, that of the matrices' rows.
+        accuracy_matrix: on the score split, fractions, (L, M).
+        assignment_matrix: p(supernet given layout), (L, M).
+    """
+
+    model: str
+    mixture_size: Annotated[int, Field(ge=1, le=1024)]
+    default: Entry
+    best: Entry
+    best_within_default_macs: Entry
+    pareto_front: Annotated[list[Entry], FailFast()]
+    ranking: Annotated[list[Entry], FailFast()]
+    layouts: Annotated[list[LayoutText], FailFast()]
+    accuracy_matrix: Matrix
+    assignment_matrix: Matrix
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        space = [str(layout) for layout in SearchSpace(self.model, self.default.layout)]
+        if self.layouts != space or sorted(entry.layout for entry in self.ranking) != sorted(space):
+            raise ValueError(f"it does not rank the {len(space)} layouts of its search space")
+        if not {self.default, self.best, self.best_within_default_macs, *self.pareto_front} <= set(self.ranking):
+            raise ValueError("it names layouts otherwise than it ranks them")
+        if any(entry.supernet >= self.mixture_size for entry in self.ranking):
+            raise ValueError(f"it names supernets beyond its {self.mixture_size}")
+        matrices = (self.accuracy_matrix, self.assignment_matrix, getattr(self, "scores", self.accuracy_matrix))
+        for matrix in matrices:
+            if [len(row) for row in matrix] != [self.mixture_size] * len(space):
+                raise ValueError(f"its matrices are not of {len(space)} layouts x {self.mixture_size} supernets")
+        return self
+
+    def pick(self, choice: str) -> Entry:
+        """An entry by its name (see `CHOICES`) or its layout.
+
+        Raises:
+            InputError: if the layout is none of those ranked.
+        """
+        if choice in CHOICES:
+            return getattr(self, choice)
+        layout = str(Layout.parse(choice))
+        for entry in self.ranking:
+            if entry.layout == layout:
+                return entry
+        raise InputError(f"pick {layout} is none of the {len(self.ranking)} layouts of this search")
+
+    def place(self, layout: str) -> int:
+        """Rank of a layout, the best one's being 1."""
+        return self.ranking.index(self.pick(layout)) + 1
+
+
+class SearchResult(Ranking, Run):
+    """Result of a search.
+
+    Attributes:
+        scores: moving averages of the score accuracy that the assignment comes from, fractions, (L, M).
+    """
+
+    dataset: SearchDataset
+    peak_memory_mib: Count | None = None
+    scores: Matrix
+
+
+class TrainResult(Run):
+    """Result of a training.
+
+    Attributes:
+        test_accuracy: of the saved weights on all test images, a fraction.
+        test_loss: mean cross-entropy on them, nats.
+        macs: multiply-accumulates for one image.
+        weights_sha256: of the published model.safetensors; None until that is written.
+    """
+
+    model: str
+    layout: LayoutText
+    test_accuracy: Fraction
+    test_loss: float
+    test_images: Annotated[int, Field(ge=1, lt=2**63)]
+    test_precision: str
+    macs: Count
+    parameters: Count
+    runs: Count
+    train_images: Count
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    dataset: TrainDataset
