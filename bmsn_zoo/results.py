@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
+from .config import DataConfig, SearchConfig, TrainConfig, build_config
 from .errors import InputError
 from .files import read_bytes, write_json
 from .layout import Layout
@@ -25,9 +26,18 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
 Setting = bool | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | str | None
+Settings = dict[str, Setting]  # what was computed, see the configs
 Names = Annotated[list[str], FailFast()]
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # a fraction that was computed
 Matrix = Annotated[list[Annotated[list[Share], FailFast()]], FailFast()]  # (L, M): a row for each layout
+
+
+def _checked(kind: type[DataConfig]) -> AfterValidator:
+    def check(settings: Settings) -> Settings:
+        build_config(kind, settings)
+        return settings
+
+    return AfterValidator(check)
 
 
 class Record(BaseModel):
@@ -148,7 +158,7 @@ class Run(Record):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     recipe: str | None = None
-    settings: dict[str, Setting]
+    settings: Settings
     seed: Count
     epochs: Annotated[int, Field(ge=1, lt=2**63)]
     dataset: DatasetRecord
@@ -223,6 +233,7 @@ class SearchResult(Ranking, Run):
         scores: moving averages of the score accuracy that the assignment comes from, fractions, (L, M).
     """
 
+    settings: Annotated[Settings, _checked(SearchConfig)]
     dataset: SearchDataset
     peak_memory_mib: Count | None = None
     scores: Matrix
@@ -249,4 +260,5 @@ class TrainResult(Run):
     runs: Count
     train_images: Count
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    settings: Annotated[Settings, _checked(TrainConfig)]
     dataset: TrainDataset
