@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from . import hub, report, runtime
@@ -171,22 +171,27 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
 
         sums = accelerator.reduce(sums / steps, "mean")
         final = ema.module if ema is not None else model
-        held_accuracy = None
+        if shard[1] > 1:
+            # each process has normalised by its own shards; what is measured and saved is one network
+            for each in (model, final):
+                distribute_bn(each, shard[1], reduce=True)
+        held: dict[str, float] = {}
         if holdout is not None:
             with accelerator.autocast():
-                held_accuracy = evaluate(final, holdout, data.mean, data.std, accelerator)["accuracy"]
+                held = evaluate(final, holdout, data.mean, data.std, accelerator)
         if accelerator.is_main_process:
             row = {
                 "epoch": epoch + 1,
                 "loss": float(sums[0]),
                 "train_accuracy": float(sums[1]),
-                "holdout_accuracy": held_accuracy,
+                "holdout_accuracy": held.get("accuracy"),
+                "holdout_loss": held.get("loss"),
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started, 2),
             }
             folder.log(row)
             folder.touch()
-            held_text = "" if held_accuracy is None else f", held-out accuracy {held_accuracy:.4f}"
+            held_text = f", held-out accuracy {100 * held['accuracy']:.2f} %" if held else ""
             _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
                       row["seconds"])  # fmt: skip
         _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_scripts import QUICK, found, search
+
+from bmsn_zoo import train as train_module
+from bmsn_zoo.config import TrainConfig
+from bmsn_zoo.data import DataSource, stratified_split
+from bmsn_zoo.evaluate import evaluate
+from bmsn_zoo.model_folder import load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,12 +64,28 @@ def test_two_processes_search_together(parallel, image_folder, tmp_path):
     assert result["dataset"]["fingerprint"] == single["dataset"]["fingerprint"]
 
 
-def test_two_processes_train_together(image_folder, tmp_path):
+@pytest.mark.parametrize(("processes", "ema_decay"), [(1, 0.9), (2, 0), (2, 0.9)])
+def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay, tmp_path):
+    """Processes normalise by their own shards, but one network is held out, tested and saved."""
     output = tmp_path / "run"
-    settings = ["--dataset", image_folder, "--layout", "5-3-2", "--epochs", 2, "--batch-size", 16, "--output", output]
-    done = run("train.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((output / "metrics.json").read_text())["segments"][0]["processes"] == 2
+    settings = ["--layout", "2-2-6", "--epochs", 1, "--batch-size", 64, "--limit", 1040, "--holdout", 0.25]
+    settings += ["--ema-decay", ema_decay, "--mixed-precision", "no", "--output", output]  # two batches of each part
+    if processes == 1:
+        assert train_module.main([*map(str, settings)]) == 0
+    else:
+        done = run("train.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["segments"][0]["processes"] == processes
+
+    source = DataSource(TrainConfig(limit=1040), 1)
+    data, test = source.train(), source.test()
+    _, held = stratified_split(data.images.labels.numpy(), 0.25, 0, "")
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    model = load_model(output / "model")
+    for images, recorded in ((test.images, metrics["test_loss"]), (data.images.select(held), last["holdout_loss"])):
+        measured = evaluate(model, images, data.mean, data.std, Accelerator())
+        assert measured["loss"] == pytest.approx(recorded, rel=1e-5)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(image_folder, tmp_path):
