@@ -34,7 +34,7 @@ from ways import OURS, PLAIN, Way, Ways
 from bmsn_zoo import runtime
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource
-from bmsn_zoo.records import write_json
+from bmsn_zoo.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +78,7 @@ def _run_plain(measure: str, arguments: tuple[Any, ...]) -> float:
 def loading(config: SearchConfig, repeats: int) -> dict[str, object]:
     """Loading all training images: decoding once on all cores, our first time, and our cached time."""
     cores = runtime.usable_cores()
-    whole = replace(config, limit=None)
+    whole = config.model_copy(update={"limit": None})
     firsts, decodes, cacheds = [], [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def main() -> None:
         label_column=options.label_column,
         limit=options.images,
         mixed_precision=options.mixed_precision,
-    ).check()
+    )
     accelerator = runtime.start(config)
     ways = Ways(config, accelerator)
     process = ProcessPoolExecutor(

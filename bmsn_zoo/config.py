@@ -1,20 +1,20 @@
 """Settings of a run: recipe file, then flags, strictly checked, and written down again. No torch here."""
 
 import argparse
-import dataclasses
 import difflib
-import types
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from .errors import InputError
+from .errors import InputError, brief
+from .files import read_yaml
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def setting(
@@ -25,17 +25,31 @@ def setting(
     choices: Sequence[Any] | None = None,
     environment: bool = False,
 ) -> Any:
-    """A dataclass field with its help text, range and choices.
+    """A setting with its help text, range and choices.
 
     `environment` marks what may differ when a run is resumed, because it does not say what is computed.
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, environment=environment)
-    return field(default=default, metadata=metadata)
+    about: Any = dict(low=low, high=high, choices=choices, environment=environment)
+    return Field(default=default, description=help, json_schema_extra=about)
 
 
-@dataclass
-class DataConfig:
-    """Settings that search and training share: the data, the seed, and the environment."""
+class DataConfig(BaseModel):
+    """Settings that search and training share: the data, the seed, and the environment.
+
+    Text is read as the setting's type, so that flags need no types of their own. `model_fields_set` names what was
+    given.
+
+    Raises:
+        InputError: for the first value of another type, or out of its range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_fault(type(self), error)) from None
 
     dataset: str = setting("digits", "Hub id or local folder of the images; digits needs no download")
     dataset_id: str | None = setting(None, "Hub id that a local folder is a copy of, for the records")
@@ -61,26 +75,62 @@ class DataConfig:
     workers: int | None = setting(None, "processes that read images; one for each thread", 0, environment=True)
     memory_limit: float = setting(4.0, "decoded images up to this many GiB stay in memory, more are streamed", 0)
 
-    def check(self) -> Self:
-        """Return self if every value has the right type and range.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        # numbers and text become one another, but neither becomes true or false
+        kind = kind_of(cls, str(info.field_name))
+        if value is not None and isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{brief(value)} is not {_WANTED[kind]}")
+        return value
 
-        Raises:
-            InputError: for the first that has not.
-        """
-        for item in dataclasses.fields(self):
-            setattr(self, item.name, _checked(item, getattr(self, item.name)))
-        return self
+    @field_validator("*", mode="after")
+    @classmethod
+    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
+        low, high, choices, _ = about(cls, str(info.field_name)).values()
+        if value is not None and low is not None and value < low:
+            raise ValueError(f"{brief(value)} is too small: it must be at least {low}")
+        if value is not None and high is not None and value > high:
+            raise ValueError(f"{brief(value)} is too large: it must be at most {high}")
+        if choices and value not in choices:
+            raise ValueError(f"{brief(value)} is unknown: use {_options(choices)}")
+        return value
 
     def settings(self) -> dict[str, Any]:
-        """What is computed: every field that is not environment."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["environment"]}
+        """What is computed: every setting that is not environment."""
+        return {name: value for name, value in self if not about(type(self), name)["environment"]}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every field."""
-        return dataclasses.asdict(self)
+        """Every setting."""
+        return dict(self)
 
 
-@dataclass
+def kind_of(config_class: type[DataConfig], name: str) -> type:
+    """The type of a setting, None apart: int, float, bool or str."""
+    annotation: Any = config_class.model_fields[name].annotation
+    return (*get_args(annotation), annotation)[0]
+
+
+def about(config_class: type[DataConfig], name: str) -> dict[str, Any]:
+    """What `setting` says of a setting: low, high, choices, environment."""
+    return config_class.model_fields[name].json_schema_extra  # type: ignore[return-value]
+
+
+def _fault(config_class: type[DataConfig], error: ValidationError) -> str:
+    """The first thing that is wrong with settings, in one line."""
+    first = error.errors(include_url=False)[0]
+    name, value = str(first["loc"][0]), first["input"]
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {brief(name)}: {_hint(name, config_class)}"
+    kind, flag = kind_of(config_class, name), name.replace("_", "-")
+    if value is None:
+        return f"{flag} is empty: give a {kind.__name__}"
+    if first["type"] == "value_error":
+        return f"{flag} {first['msg'].removeprefix('Value error, ')}"
+    finite = first["type"] != "finite_number" or kind is int
+    return f"{flag} {brief(value)} is not {_WANTED[kind] if finite else 'a finite number'}"
+
+
 class SearchConfig(DataConfig):
     """Settings of a search; the defaults are the paper's for ResNet20 on CIFAR-10, but for the epochs."""
 
@@ -112,7 +162,6 @@ class SearchConfig(DataConfig):
     )
 
 
-@dataclass
 class TrainConfig(DataConfig):
     """Settings of a training from scratch."""
 
@@ -140,40 +189,6 @@ class TrainConfig(DataConfig):
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
 
 
-def _checked(item: dataclasses.Field, value: Any) -> Any:
-    """The value of one field, a number read as the field's type."""
-    name, meta = item.name.replace("_", "-"), item.metadata
-    options = get_args(item.type) if get_origin(item.type) is types.UnionType else (item.type,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise InputError(f"{name} is empty: give a {options[0].__name__}")
-    kind: Any = options[0]
-    try:
-        if kind is bool:
-            ok = isinstance(value, bool)
-        elif kind is str:
-            ok = isinstance(value, str)
-        else:
-            ok = not isinstance(value, bool) and kind(value) == float(value)
-            value = kind(value) if ok else value
-    except (TypeError, ValueError, OverflowError):
-        ok = False
-    if not ok:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-        raise InputError(f"{name} {value!r} is not {wanted}")
-    low, high, choices = meta["low"], meta["high"], meta["choices"]
-    if kind is float and value == float("inf"):
-        raise InputError(f"{name} {value} is not a finite number")
-    if low is not None and value < low:
-        raise InputError(f"{name} {value} is too small: it must be at least {low}")
-    if high is not None and value > high:
-        raise InputError(f"{name} {value} is too large: it must be at most {high}")
-    if choices and value not in choices:
-        raise InputError(f"{name} {value!r} is unknown: use {_options(choices)}")
-    return value
-
-
 def _options(values: Sequence[Any]) -> str:
     names = [str(value) for value in values]
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
@@ -187,7 +202,7 @@ def shipped_folder(name: str) -> Path:
 
 def with_reachable_data(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a record, with the Hub's id of a data set where its local copy is not on this machine."""
-    if settings["dataset_id"] and not Path(settings["dataset"]).exists():
+    if settings["dataset_id"] and not os.path.exists(settings["dataset"]):
         return {**settings, "dataset": settings["dataset_id"], "dataset_id": None}
     return settings
 
@@ -211,15 +226,12 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
         InputError: if there is no such recipe, it is not a mapping, or a key is unknown.
     """
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):
         shipped = shipped_recipes()
         if name not in shipped:
             raise InputError(f"recipe {name!r} is neither a file nor one of {', '.join(shipped)}")
         path = shipped[name]
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"recipe {name}")
     if not isinstance(content, dict):
         raise InputError(f"recipe {name} is not a mapping of settings")
     sections = {}
@@ -231,16 +243,17 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
     for keys, known in ((content, DataConfig), (sections["search"], SearchConfig), (sections["train"], TrainConfig)):
         for key in keys:
             if key not in _names(known):
-                raise InputError(f"recipe {name} has the unknown setting {key!r}: {_hint(str(key), known)}")
+                raise InputError(f"recipe {name} has the unknown setting {brief(key)}: {_hint(key, known)}")
     return {"recipe": name, **content, **sections["search" if config_class is SearchConfig else "train"]}
 
 
 def _names(config_class: type[DataConfig]) -> list[str]:
-    return [item.name for item in dataclasses.fields(config_class) if item.name != "recipe"]
+    return [name for name in config_class.model_fields if name != "recipe"]
 
 
-def _hint(key: str, known: type[DataConfig]) -> str:
+def _hint(key: Any, known: type[DataConfig]) -> str:
     """What the writer of a recipe may have meant by a setting that is unknown where it stands."""
+    key = brief(key).strip("'")
     homes = [section for section, home in (("search", SearchConfig), ("train", TrainConfig)) if key in _names(home)]
     if homes:
         return f"it belongs under {' or '.join(homes)}"
@@ -253,6 +266,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message} (see --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], self._flags(), 1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise InputError(f"unknown argument {brief(unknown[0])}: {hint}")
+        return known
+
+    def _flags(self) -> list[str]:
+        """All flags, those of commands below this one included."""
+        below = [c for a in self._actions if isinstance(a, argparse._SubParsersAction) for c in a.choices.values()]
+        return [*self._option_string_actions, *(flag for command in below for flag in command._flags())]
 
 
 def add_push_flags(parser: argparse.ArgumentParser) -> None:
@@ -269,35 +295,22 @@ def build_parser(config_class: type[DataConfig], description: str) -> argparse.A
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     parser.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
     add_push_flags(parser)
-    for item in dataclasses.fields(config_class):
-        meta, flag = item.metadata, "--" + item.name.replace("_", "-")
-        default = "" if item.default is None else f" (default: {item.default})"
-        help_text = meta["help"].replace("%", "%%") + default
-        if item.type is bool:
+    for name, field in config_class.model_fields.items():
+        flag, choices = "--" + name.replace("_", "-"), about(config_class, name)["choices"]
+        default = "" if field.default is None else f" (default: {field.default})"
+        help_text = str(field.description).replace("%", "%%") + default
+        if kind_of(config_class, name) is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            metavar = "|".join(map(str, meta["choices"])) if meta["choices"] else item.name.split("_")[-1].upper()
+            metavar = "|".join(map(str, choices)) if choices else name.split("_")[-1].upper()
             parser.add_argument(flag, metavar=metavar, help=help_text)
     return parser
 
 
-def _from_text(item: dataclasses.Field, text: Any) -> Any:
-    """A flag's text as YAML would read it, for a field that is not text itself."""
-    if not isinstance(text, str) or item.type is str or item.type == str | None:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-
 def build_config(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """A checked config from settings of a recipe, flags or a file; text is read as the setting's type."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    unknown = [name for name in values if name not in fields]
-    if unknown:
-        raise InputError(f"unknown setting {unknown[0]!r}")
-    return config_class(**{name: _from_text(fields[name], value) for name, value in values.items()}).check()
+    """A checked config from settings of a recipe, flags or a file; text is read as the setting's type.
+
+    Raises:
+        InputError: if one is unknown, of another type, or out of its range.
+    """
+    return config_class(**{brief(name) if not isinstance(name, str) else name: v for name, v in values.items()})

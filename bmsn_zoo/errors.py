@@ -1,8 +1,18 @@
 """The one exception for a user's mistake, which the commands print as a single line."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input from a user: the message names the value, the rule and the fix, in one line."""
+
+
+def brief(value: Any) -> str:
+    """A value for a message: one short line, whatever it is."""
+    try:
+        return ascii(value)[:40]
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in lists in lists
+        return "a huge number" if isinstance(value, int) else "a deep value"
 
 
 def first_line(error: BaseException) -> str:

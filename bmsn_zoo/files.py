@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic_core import from_json
 
 from .errors import InputError, first_line
 
-_MOST_BYTES = 256 << 20  # no file of ours comes near
+_MOST_BYTES, _MOST_YAML = 256 << 20, 64 << 10  # no file of ours comes near
+_MOST_LEVELS = 16
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,19 +27,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_bytes(path: Path, shown: str = "") -> bytes:
+def read_bytes(path: Path, shown: str = "", most: int = _MOST_BYTES) -> bytes:
     """What a file holds.
 
     Args:
         path: the file.
         shown: what messages call it; its path if empty.
+        most: bytes that it may have.
 
     Raises:
         InputError: if it is missing, cannot be read, or is larger than anything of ours.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{shown or path} is larger than {_MOST_BYTES >> 20} MiB: it is no file of ours")
+        if path.stat().st_size > most:
+            raise InputError(f"{shown or path} is larger than {most >> 10} KiB: it is no file of ours")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{shown or path} cannot be read: {first_line(error)}") from None
@@ -61,3 +64,26 @@ def read_json(path: Path) -> Any:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def read_yaml(path: Path, shown: str) -> Any:
+    """Read YAML, without the features that let a small file take long: deep nesting, and aliases of aliases.
+
+    Args:
+        path: the file.
+        shown: what messages call it.
+
+    Raises:
+        InputError: if the file is missing, or no such YAML.
+    """
+    content, level = read_bytes(path, shown, _MOST_YAML), 0
+    try:
+        text = content.decode()
+        for event in yaml.parse(text, yaml.SafeLoader):
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > _MOST_LEVELS or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it nests deeply, or has aliases")
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets others through too, such as KeyError for "!!bool x"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{shown} is not valid YAML: {reason or type(error).__name__}") from None

@@ -5,18 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, brief
 
 _MAX_ENTRY, _MAX_SCALES = 9999, 32
 _TEXT = re.compile(r" *[0-9]{1,4}(?: *[-,] *[0-9]{1,4})* *")
-
-
-def _brief(value: Any) -> str:
-    """A value for a message: one short line, whatever it is."""
-    try:
-        return ascii(value)[:40]
-    except ValueError:  # an integer of thousands of digits
-        return "a huge number"
 
 
 @dataclass(frozen=True, order=True)
@@ -39,13 +31,13 @@ class Layout:
             raise InputError("layout is empty: give the units at each resolution, such as 5-3-2")
         if len(self.units_per_scale) > _MAX_SCALES:
             raise InputError(f"layout of {len(self.units_per_scale)} scales: it has at most {_MAX_SCALES}")
-        name = "-".join(_brief(entry) for entry in self.units_per_scale)[:80]
+        name = "-".join(brief(entry) for entry in self.units_per_scale)[:80]
         for entry in self.units_per_scale:
             if isinstance(entry, bool) or not isinstance(entry, int):
-                raise InputError(f"layout {name} has {_brief(entry)}: every entry is a whole number, such as in 5-3-2")
+                raise InputError(f"layout {name} has {brief(entry)}: every entry is a whole number, such as in 5-3-2")
             if entry < 1:
                 raise InputError(
-                    f"layout {name} has {_brief(entry)}: every resolution needs at least 1 unit, such as 5-3-2"
+                    f"layout {name} has {brief(entry)}: every resolution needs at least 1 unit, such as 5-3-2"
                 )
             if entry > _MAX_ENTRY:
                 raise InputError(f"layout {name} has an entry above {_MAX_ENTRY}: no backbone has that many units")
@@ -61,11 +53,11 @@ class Layout:
             return value
         if isinstance(value, str):
             if not _TEXT.fullmatch(value):
-                raise InputError(f"layout {_brief(value)} is not a list of whole numbers: write it as 5-3-2")
+                raise InputError(f"layout {brief(value)} is not a list of whole numbers: write it as 5-3-2")
             return cls(tuple(int(entry) for entry in re.split("[-,]", value)))
         if isinstance(value, list | tuple):
             return cls(tuple(value))
-        raise InputError(f"layout {_brief(value)} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
+        raise InputError(f"layout {brief(value)} is not text or a list: write it as 5-3-2 or [5, 3, 2]")
 
     def __str__(self) -> str:
         return "-".join(str(entry) for entry in self.units_per_scale)

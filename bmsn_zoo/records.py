@@ -1,6 +1,5 @@
 """The run folder: resolved settings, metrics, checkpoints and results, each written whole or not at all."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -46,7 +45,7 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
         raise InputError("resume needs the folder of the run to continue: give --output")
     try:
         saved = yaml.safe_load((output / "config.yaml").read_text())
-        if set(saved) != {item.name for item in dataclasses.fields(config_class)}:
+        if set(saved) != set(config_class.model_fields):
             raise TypeError("its config.yaml is of another kind or version")
         config = build_config(config_class, saved)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:

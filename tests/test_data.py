@@ -173,7 +173,7 @@ def save(folder, train, **others):
 
 
 def open_source(dataset, **settings):
-    return DataSource(DataConfig(dataset=str(dataset), **{"workers": 0, **settings}).check(), threads=1)
+    return DataSource(DataConfig(dataset=str(dataset), **{"workers": 0, **settings}), threads=1)
 
 
 def ids(data):

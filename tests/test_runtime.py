@@ -17,7 +17,7 @@ from bmsn_zoo import runtime
 from bmsn_zoo.config import DataConfig
 
 def run(settings, before):
-    accelerator = runtime.start(DataConfig(**settings).check(), before)
+    accelerator = runtime.start(DataConfig(**settings), before)
     print(json.dumps(runtime.describe(accelerator)))
 
 for name, (settings, before, environment) in json.loads(sys.argv[1]).items():
