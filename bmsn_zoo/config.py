@@ -175,7 +175,11 @@ class TrainConfig(DataConfig):
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's")
     lr: float = setting(0.1, "highest learning rate", 0)
     min_lr: float = setting(0.0, "learning rate at the end", 0)
-    sched: str = setting("cosine", "timm schedule of the learning rate", choices=("cosine", "poly", "constant"))
+    sched: str = setting(
+        "cosine",
+        "path of the learning rate from lr to min-lr; poly is a line",
+        choices=("cosine", "poly", "constant"),
+    )
     warmup_epochs: int = setting(1, "epochs of linear warm-up", 0)
     momentum: float = setting(0.9, "momentum of the optimizer", 0, 1)
     weight_decay: float = setting(5e-4, "weight decay, not on normalisation and biases", 0)

@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, tqdm
-from timm.optim import create_optimizer_v2
 
-from .config import DataConfig, SearchConfig, TrainConfig
+from .config import DataConfig
 from .errors import InputError
 
 T = TypeVar("T")
@@ -80,20 +79,6 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
-
-
-def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of a config.
-
-    Raises:
-        InputError: if timm has none of this name.
-    """
-    try:
-        return create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    except (AssertionError, ValueError) as error:
-        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def progress_bar(items: Iterable[T], total: int, title: str) -> Any:

@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from . import hub, report, runtime
@@ -37,6 +35,7 @@ from .data import (
 from .errors import InputError
 from .mixture import Mixture, count_correct
 from .models import PoolingResNet
+from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .ranking import build_result
 from .records import RunFolder, load_training_state, open_run, resolve_config, save_training_state
 from .results import SearchDataset, SearchResult
@@ -102,7 +101,6 @@ class _Trainer(NamedTuple):
     supernet: PoolingResNet
     network: nn.Module
     optimizer: AcceleratedOptimizer
-    scheduler: Scheduler
 
 
 def search(config: SearchConfig, output: Path | None = None, resume: bool = False) -> Path:
@@ -140,7 +138,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     strategy = BalancedMixture(
         len(space), config.mixture_size, config.max_sharpness, config.score_momentum, config.seed
     )
-    trainers = {m: _prepare(mixture.supernets[m], config, steps, share, accelerator) for m in share.owned}
+    trainers = {m: _prepare(mixture.supernets[m], config, share, accelerator) for m in share.owned}
     augment = Augmentation(config.crop_padding, config.flip)
     evaluate_all = partial(
         _evaluate_all, mixture, share, score_split, data, config.eval_batch_size, config.seed, accelerator
@@ -171,9 +169,9 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             step = epoch * steps + index
             progress = step / max(1, total_steps - 1)
             draw = strategy.draw(step, progress, share.owned)
-            supernet, network, optimizer, scheduler = trainers[draw.supernet]
+            supernet, network, optimizer = trainers[draw.supernet]
             supernet.set_layout(space[draw.layout])
-            scheduler.step_update(step)
+            set_learning_rate(optimizer, learning_rate(config, steps, step))
 
             images = images.to(device, non_blocking=True)
             images = augment(images, random_stream(config.seed, AUGMENT, step), share.shard)
@@ -289,23 +287,12 @@ def _steps_per_epoch(images: int, config: SearchConfig, share: _Share) -> int:
     return steps - steps % turns
 
 
-def _prepare(
-    supernet: PoolingResNet, config: SearchConfig, steps: int, share: _Share, accelerator: Accelerator
-) -> _Trainer:
+def _prepare(supernet: PoolingResNet, config: SearchConfig, share: _Share, accelerator: Accelerator) -> _Trainer:
     supernet = supernet.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = runtime.create_optimizer(supernet, config)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=config.epochs,
-        min_lr=config.min_lr,
-        warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    optimizer = create_optimizer(supernet, config)
     # wrapped for gradient averaging only where all processes train the same supernet
     network = accelerator.prepare_model(supernet, evaluation_mode=share.alone)
-    return _Trainer(supernet, network, accelerator.prepare_optimizer(optimizer), scheduler)
+    return _Trainer(supernet, network, accelerator.prepare_optimizer(optimizer))
 
 
 def _exchange_scores(strategy: BalancedMixture, owned: range, accelerator: Accelerator) -> None:

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
@@ -38,6 +37,7 @@ from .export import require_onnx
 from .layout import Layout
 from .model_folder import save_model
 from .models import PoolingResNet
+from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .records import (
     RunFolder,
     find_latest_search,
@@ -110,17 +110,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     torch.manual_seed(config.seed)
     model = create_network(config, layout, data).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-    optimizer = runtime.create_optimizer(model, config)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        min_lr=config.min_lr,
-        warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-        decay_rate=1.0,  # the power of the polynomial schedule, so a straight line
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    optimizer = create_optimizer(model, config)
     network = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(optimizer)
     augment = Augmentation(config.crop_padding, config.flip and not config.alternate_flip)
@@ -148,7 +138,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         model.train()
         for index, (images, labels) in enumerate(bar):
             step = epoch * steps + index
-            scheduler.step_update(step)
+            set_learning_rate(prepared, learning_rate(config, steps, step))
             mirrored = torch.from_numpy((first_mirrored[order[index]] + epoch) % 2) if config.alternate_flip else None
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = augment(images, random_stream(config.seed, AUGMENT, step), shard, mirrored)

@@ -1,0 +1,47 @@
+"""What turns gradients into steps: timm's optimizers, and the learning rate of every step."""
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2
+
+from .config import SearchConfig, TrainConfig
+from .errors import InputError
+
+
+def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimizer of a config.
+
+    Raises:
+        InputError: if timm has none of this name, or it needs what our loops do not do.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"opt {config.opt!r} needs gradients of gradients, which are not computed: use another")
+    return optimizer
+
+
+def learning_rate(config: SearchConfig | TrainConfig, epoch_steps: int, step: int) -> float:
+    """Rate of a step, counted from 0 over all epochs.
+
+    It grows linearly over the warm-up, is `lr` at the first step after it, and goes from there to `min_lr` at the
+    very last step by half a cosine ("cosine") or a straight line ("poly"), or stays ("constant").
+    """
+    warmup = min(config.warmup_epochs, config.epochs - 1) * epoch_steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, config.epochs * epoch_steps - 1 - warmup)
+    schedule = getattr(config, "sched", "cosine")  # the search's is always a cosine
+    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": 1 - done, "constant": 1.0}[schedule]
+    return share * config.lr + (1 - share) * config.min_lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use a rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
