@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from . import runtime
+from .command import run_command
 from .config import Parser, TrainConfig, build_config, shipped_folder, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found['recorded']:.2%} by its record\n"
         )
 
-    return runtime.run_command(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

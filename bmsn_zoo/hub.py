@@ -273,7 +273,7 @@ def push_all(org: str, *, zoo: Path | None = None, **options: Any) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    from .runtime import run_command
+    from .command import run_command
 
     parser = Parser(prog="python -m bmsn_zoo.hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

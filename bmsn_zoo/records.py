@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .command import follow
 from .config import ConfigT, build_config
 from .errors import InputError
 from .files import read_json, write_json, write_text
@@ -91,18 +92,19 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         notes = []
         if self.segments:
-            keys = ("processes", "threads", "precision", "device", "hardware", "versions")
+            keys = ("processes", "threads", "precision", "device", "hardware", "tf32", "compiled", "versions")
             notes = [
-                f"resumed with {key} {segment[key]}, before {self.segments[-1][key]}: "
+                f"resumed with {key} {segment.get(key)}, before {self.segments[-1].get(key)}: "
                 "the run continues, but not bit for bit"
                 for key in keys
-                if segment[key] != self.segments[-1][key]
+                if segment.get(key) != self.segments[-1].get(key)
             ]
         write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         self.segments.append({**segment, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": 0.0})
         self._started = time.monotonic()
         write_json(self.path / "segments.json", self.segments)
         self.keep_epochs(segment["epoch"])
+        follow(self)
         for note in notes:
             _log.warning(note)
         return notes

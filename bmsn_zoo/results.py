@@ -93,13 +93,20 @@ class Entry(Record):
 
 
 class Segment(Record):
-    """An uninterrupted part of a run: what it computed on, and from which epoch on, for how many seconds."""
+    """An uninterrupted part of a run: what it computed on, and from which epoch on, for how many seconds.
+
+    Attributes:
+        tf32: whether "fp32" products were rounded to 10 bits, as newer NVIDIA GPUs can.
+        compiled: backend that compiled the network, if one did.
+    """
 
     processes: Count
     threads: Count
     precision: str
     device: str
     hardware: str
+    tf32: bool | None = None
+    compiled: str | None = None
     versions: dict[str, str]
     commit: str | None
     command: Names

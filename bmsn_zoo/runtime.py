@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +15,33 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, tqdm
 
-from .config import DataConfig
-from .errors import InputError
+from .command import RANK_VARIABLES, WORLD_VARIABLES, launched_processes
+from .config import DataConfig, SearchConfig
+from .errors import InputError, first_line
 
 T = TypeVar("T")
-_SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-)
+_log = logging.getLogger(__name__)
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PROCESS_VARIABLES = (*WORLD_VARIABLES, *RANK_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OFF = ("false", "no", "n", "f", "off", "0")
+_FLAG = ("true", "false", "yes", "y", "t", "on", "1", *_OFF)
+# what a launcher may ask for; what is not listed does not reach the numbers
+_ALLOWED = {
+    **{f"ACCELERATE_{name}": _FLAG for name in ("USE_CPU", "DEBUG_MODE", "CPU_AFFINITY", "USE_SAGEMAKER")},
+    **{f"ACCELERATE_DYNAMO_{name}": _FLAG for name in ("USE_FULLGRAPH", "USE_DYNAMIC")},
+    **{f"ACCELERATE_USE_{name}": _OFF for name in ("FSDP", "MEGATRON_LM", "DEEPSPEED", "PARALLELISM_CONFIG")},
+    **{f"ACCELERATE_{name}": _OFF for name in ("DOWNCAST_BF16", "IN_TPU_POD", "DYNAMO_USE_REGIONAL_COMPILATION")},
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": ("no",),
+    "ACCELERATE_MIXED_PRECISION": ("no", "bf16", "fp16"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
+    "ACCELERATE_GRADIENT_CLIPPING": ("none",),
+    "ACCELERATE_DYNAMO_MODE": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+_ADVICE = {
+    **{name: "launch on one device, or with plain DDP" for name, allowed in _ALLOWED.items() if allowed is _OFF},
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "unset it; --batch-size counts all images of a step",
+    "ACCELERATE_GRADIENT_CLIPPING": "unset it, gradients are not clipped",
+}
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
 
@@ -45,6 +63,35 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_launch(environment: Mapping[str, str], searching: bool) -> None:
+    """Refuse what a launcher asks for that would be ignored, change the numbers unseen, or makes no sense.
+
+    Args:
+        environment: variables, as `accelerate launch` sets them from its flags and the file of `accelerate config`.
+        searching: whether supernets are trained, whose layout changes at every step.
+
+    Raises:
+        InputError: for the first such variable.
+    """
+    for name, allowed in _ALLOWED.items():
+        if environment.get(name, allowed[0]).strip().lower() not in allowed:
+            advice = _ADVICE.get(name) or f"use {' or '.join(allowed[:3])}"
+            raise InputError(f"{name}={environment[name]} is not supported: {advice}")
+    for name in set(_PROCESS_VARIABLES) & set(environment):
+        if not environment[name].strip().removeprefix("-").isdecimal():
+            raise InputError(f"{name}={environment[name]} is not a whole number: unset it")
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").strip().lower()
+    if backend != "no" and searching:
+        raise InputError(f"dynamo_backend {backend}: a search would compile every layout anew: launch it with no")
+    if backend not in ("no", *torch._dynamo.list_backends(exclude_tags=None)):
+        raise InputError(f"dynamo_backend {backend!r} is unknown to this torch: launch with inductor or no")
+    device = environment.get("ACCELERATE_TORCH_DEVICE", "cpu")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"ACCELERATE_TORCH_DEVICE={device} cannot be used: {first_line(error)}") from None
+
+
 def start(config: DataConfig, default_precision: str | None = None) -> Accelerator:
     """Set threads and precision, and join the other processes.
 
@@ -56,26 +103,43 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     Raises:
         InputError: if the processes do not know of each other, or the backend or precision cannot be used.
     """
-    # the launcher sets OMP_NUM_THREADS to 1 unasked, which leaves all cores but one idle
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.threads or max(1, usable_cores() // local_processes))
+    check_launch(os.environ, isinstance(config, SearchConfig))
+    processes = launched_processes()
+    if processes == 1:  # what was left of another launcher's RANK must not make this a part of something
+        for name in _PROCESS_VARIABLES:
+            os.environ.pop(name, None)
+    try:
+        return _join(config, processes, default_precision)
+    except (ImportError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"accelerate cannot start as it was asked to: {first_line(error)}") from error
 
+
+def _join(config: DataConfig, processes: int, default_precision: str | None) -> Accelerator:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and state.num_processes == 1:
+    if processes != state.num_processes:
         raise InputError(
-            f"{world_size} processes were started that do not know of each other: on CPUs, start them with "
+            f"{processes} processes were started that do not know of each other: on CPUs, start them with "
             "ACCELERATE_USE_CPU=true torchrun --nproc-per-node N"
         )
     if state.distributed_type not in _SUPPORTED:
         raise InputError(f"{state.distributed_type.value} is not supported: launch on one device, or with plain DDP")
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = config.mixed_precision
+    # launchers set OMP_NUM_THREADS to 1 unasked, which leaves all cores but one idle
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.threads or max(1, usable_cores() // local_processes))
+
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower()
+    precision, native = config.mixed_precision, native_precision(state.device)
     if precision == "auto":
-        asked = launcher if launcher in ("bf16", "fp16") else default_precision
-        precision = asked or native_precision(state.device)
+        precision = (launcher if launcher != "no" else default_precision) or native
     if precision == "fp16" and state.device.type != "cuda":
         raise InputError(f"mixed-precision fp16 needs a GPU, this is {state.device.type}: use bf16 or no")
+    if precision == "bf16" != native and state.device.type in ("cpu", "cuda") and state.is_main_process:
+        _log.warning("bf16 is emulated here, which can take ten times as long: use --mixed-precision no")
+    alone = processes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if alone and {"MASTER_ADDR", "ACCELERATE_DYNAMO_MODE"} <= set(os.environ):
+        _log.warning("accelerate launch was asked for several processes but starts one on CPUs: use torchrun")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
@@ -90,6 +154,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
     """What this run computes on, for its record: processes, threads, precision, hardware and versions."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    backend = accelerator.state.dynamo_plugin.backend.value.lower()
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
         "processes": accelerator.num_processes,
@@ -97,9 +162,18 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
         "device": device.type,
         "hardware": name,
+        "tf32": _uses_tf32(device),
+        "compiled": None if backend == "no" else backend,
         "versions": {"bmsn_zoo": _own_version(), "python": platform.python_version(), **versions},
         "commit": _commit(),
     }
+
+
+def _uses_tf32(device: torch.device) -> bool | None:
+    """Whether "fp32" training rounds products to 10 bits; None where there is no such thing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
 
 
 def _own_version() -> str:
@@ -130,16 +204,3 @@ def _commit() -> str | None:
         return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def run_command(run: Callable[[], None]) -> int:
-    """Run a command; a user's mistake is one line on standard error and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("bmsn_zoo").setLevel(logging.INFO)
-    try:
-        run()
-    except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0

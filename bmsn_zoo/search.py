@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import hub, report, runtime
+from .command import run_command
 from .config import SearchConfig, build_parser, load_recipe
 from .data import (
     AUGMENT,
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m
             if target:
                 report.print_pushed(hub.push(folder, **target))
 
-    return runtime.run_command(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from . import hub, report, runtime
+from .command import run_command
 from .config import TrainConfig, build_parser, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if target:
                 report.print_pushed(hub.push(folder, **target))
 
-    return runtime.run_command(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -6,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from bmsn_zoo import InputError, runtime
-from bmsn_zoo.runtime import native_precision, run_command, usable_cores
+from bmsn_zoo import InputError, command, runtime
+from bmsn_zoo.command import run_command
+from bmsn_zoo.runtime import check_launch, native_precision, usable_cores
 
 # Importing takes long, so one process does it and forks another for each case: settings, precision before, variables.
 START = """
 import json, os, sys, torch
-from bmsn_zoo import runtime
+from bmsn_zoo import command, runtime
 from bmsn_zoo.config import DataConfig
 
 def run(settings, before):
@@ -26,17 +31,25 @@ for name, (settings, before, environment) in json.loads(sys.argv[1]).items():
         os.environ.update(environment)
         for number, stream in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{sys.argv[2]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-        sys.exit(runtime.run_command(lambda: run(settings, before)))
+        sys.exit(command.run_command(lambda: run(settings, before)))
     with open(f"{sys.argv[2]}/{name}.code", "w") as file:
         file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
+MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items()}
 CASES = {
     "launched": ({}, None, {}),
     "asked": ({"threads": 1, "mixed_precision": "no"}, "bf16", {}),
     "by launcher": ({}, None, {"ACCELERATE_MIXED_PRECISION": "bf16"}),
-    "resumed": ({}, "no", {"LOCAL_WORLD_SIZE": "2"}),
+    "resumed": ({}, "no", {}),
     "fp16": ({"mixed_precision": "fp16"}, None, {}),
-    "strangers": ({}, None, {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}),
+    "fp16 by launcher": ({}, None, {"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    "strangers": ({}, None, {"WORLD_SIZE": "2", "RANK": "1", "ACCELERATE_USE_CPU": "false"}),
+    "strangers of MPI": ({}, None, {**MPI, "ACCELERATE_USE_CPU": "false"}),
+    "left over": ({}, None, {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
+    "left over and wrong": ({"mixed_precision": "fp16"}, None, {"RANK": "1"}),
+    "accumulating": ({}, None, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}),
+    "no meeting point": ({}, None, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}),
+    "one of two": ({}, None, {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_DYNAMO_MODE": "default"}),
 }
 # what `accelerate launch` exports on a CPU when it was asked for nothing
 LAUNCHER = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
@@ -88,27 +101,150 @@ def test_precision_that_the_launcher_was_asked_for_is_taken(processes):
     assert described(processes["by launcher"])["precision"] == "bf16"
 
 
-def test_resumed_run_keeps_its_precision_and_local_processes_share_the_cores(processes):
-    found = described(processes["resumed"])
-    assert found["precision"] == "fp32"
-    assert found["threads"] == max(1, usable_cores() // 2)
+def test_resumed_run_keeps_its_precision(processes):
+    assert described(processes["resumed"])["precision"] == "fp32"
 
 
-def test_fp16_needs_a_gpu(processes):
-    output, error, code = processes["fp16"]
-    assert code == 2
-    assert error == "error: mixed-precision fp16 needs a GPU, this is cpu: use bf16 or no\n"
-    assert not output
+def test_what_is_left_of_another_launcher_makes_no_process_a_part_of_something(processes):
+    found = described(processes["left over"])
+    assert (found["processes"], found["threads"]) == (1, usable_cores())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="these two processes would find each other on GPUs")
-def test_processes_that_do_not_know_of_each_other_are_refused_with_the_fix(processes):
-    output, error, code = processes["strangers"]
-    assert code == 2
-    assert error.startswith("error: 2 processes were started that do not know of each other")
-    assert "ACCELERATE_USE_CPU=true torchrun" in error
+REFUSED = {
+    "fp16": "mixed-precision fp16 needs a GPU, this is cpu: use bf16 or no",
+    "fp16 by launcher": "mixed-precision fp16 needs a GPU",
+    "left over and wrong": "mixed-precision fp16 needs a GPU",
+    "accumulating": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 is not supported: unset it; --batch-size",
+    "no meeting point": "accelerate cannot start as it was asked to: ",
+    "strangers": "[rank 1] 2 processes were started that do not know of each other: on CPUs, start them with "
+    "ACCELERATE_USE_CPU=true torchrun",
+    "strangers of MPI": "[rank 1] 2 processes were started that do not know of each other",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_started_is_one_line_of_whichever_process(name, processes):
+    if "strangers" in name and torch.cuda.is_available():
+        pytest.skip("these two processes would find each other on GPUs")
+    output, error, code = processes[name]
+    assert code == 2, error
+    assert error.startswith(f"error: {REFUSED[name]}")
     assert error.count("\n") == 1
     assert not output
+
+
+def test_emulated_precision_and_a_missing_second_process_are_warned_of(processes):
+    emulated = native_precision(torch.device("cpu")) != "bf16"
+    assert ("bf16 is emulated here" in processes["by launcher"][1]) == emulated
+    assert not described(processes["one of two"])["compiled"]
+    assert "accelerate launch was asked for several processes but starts one" in processes["one of two"][1]
+    assert not processes["launched"][1]
+
+
+def exported(content, tmp_path, *flags):
+    """Variables that `accelerate launch` sets for a file as `accelerate config` writes it."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "num_machines": 1, **content}))
+    parser = launch.launch_command_parser()
+    args = parser.parse_args(["--config_file", str(file), *flags, "search.py"])
+    args, _, _ = launch._validate_launch_command(args)
+    if args.multi_gpu or args.use_fsdp or args.use_megatron_lm:
+        return prepare_multi_gpu_env(args)
+    return prepare_simple_launcher_cmd_env(args)[1]
+
+
+ALONE = {"distributed_type": "NO", "num_processes": 1, "use_cpu": True}
+# a file, whether a search may run so, whether a training may
+FILES = {
+    "as written for one device": (
+        {**ALONE, "downcast_bf16": "no", "machine_rank": 0, "same_network": True},
+        True,
+        True,
+    ),
+    "fp16 key of old": ({**ALONE, "fp16": True}, True, True),
+    "debug": ({**ALONE, "debug": True}, True, True),
+    "affinity": ({**ALONE, "enable_cpu_affinity": True}, True, True),
+    "two machines": (
+        {
+            **ALONE,
+            "distributed_type": "MULTI_CPU",
+            "num_machines": 2,
+            "num_processes": 2,
+            "main_process_ip": "127.0.0.1",
+            "main_process_port": 29511,
+        },
+        True,
+        True,
+    ),
+    "GPUs": ({"distributed_type": "MULTI_GPU", "num_processes": 2, "gpu_ids": "0,1", "use_cpu": False}, True, True),
+    "dynamo": ({**ALONE, "dynamo_config": {"dynamo_backend": "INDUCTOR", "dynamo_mode": "default"}}, False, True),
+    "dynamo of old": ({**ALONE, "dynamo_backend": "EAGER"}, False, True),
+    "dynamo unknown": ({**ALONE, "dynamo_backend": "TENSORRT"}, False, False),
+    "dynamo by region": (
+        {**ALONE, "dynamo_config": {"dynamo_backend": "EAGER", "dynamo_use_regional_compilation": True}},
+        False,
+        False,
+    ),
+    "FSDP": (
+        {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}, "use_cpu": False},
+        False,
+        False,
+    ),
+    "context parallel": (
+        {
+            **{"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}, "use_cpu": False},
+            "parallelism_config": {"parallelism_config_cp_size": 2},
+        },
+        False,
+        False,
+    ),
+    "Megatron": (
+        {"distributed_type": "MEGATRON_LM", "num_processes": 2, "megatron_lm_config": {"megatron_lm_pp_degree": 1}},
+        False,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_accelerate_config_are_supported_or_refused_in_one_line(name, tmp_path):
+    content, *expected = FILES[name]
+    environment = exported(content, tmp_path)
+    for searching, supported in zip((True, False), expected, strict=True):
+        if supported:
+            check_launch(environment, searching)
+        else:
+            with pytest.raises(InputError) as error:
+                check_launch(environment, searching)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "maybe"),
+        ("ACCELERATE_USE_CPU", "perhaps"),
+        ("ACCELERATE_USE_CPU", ""),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+        ("ACCELERATE_MIXED_PRECISION", "fp32"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0"),
+        ("ACCELERATE_DOWNCAST_BF16", "yes"),
+        ("ACCELERATE_DYNAMO_BACKEND", "banana"),
+        ("ACCELERATE_DYNAMO_MODE", "fast"),
+        ("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "DATA_PARALLEL"),
+        ("ACCELERATE_TORCH_DEVICE", "meta"),
+        ("ACCELERATE_TORCH_DEVICE", "toaster:3"),
+        ("WORLD_SIZE", "two"),
+        ("LOCAL_RANK", "1.5"),
+    ],
+)
+def test_variables_that_are_not_supported_or_make_no_sense_are_refused(name, value):
+    with pytest.raises(InputError, match=name if "BACKEND" not in name else "dynamo_backend") as error:
+        check_launch({name: value}, False)
+    assert str(error.value).count("\n") == 0
+    check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_USE_CPU": "on", "RANK": "0"}, True)
 
 
 def test_native_precision_follows_the_processor():
@@ -141,10 +277,49 @@ def test_our_mistakes_are_not_hidden():
         run_command(wrong)
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
-    def wrong():
-        raise InputError("epochs 0 is too small")
+class Folder:
+    """What `follow` is given: a run after its second epoch."""
 
-    monkeypatch.setenv("RANK", "1")
-    assert run_command(wrong) == 2
-    assert capsys.readouterr().err == ""
+    path = Path("runs/x")
+
+    def checkpoints(self):
+        return [self.path / "checkpoint-2"]
+
+
+def full_disk():
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+def place(number):
+    def write():
+        raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+    return write
+
+
+OUTSIDE = {
+    "full": (full_disk, "No space left on device: make room"),
+    "quota": (place(errno.EDQUOT), "runs/x/metrics.jsonl: Disk quota exceeded"),
+    "read only": (place(errno.EROFS), "runs/x/metrics.jsonl: Read-only file system"),
+    "memory": (lambda: torch.empty(1 << 60, dtype=torch.uint8), "out of memory"),
+    "array": (lambda: bytearray(1 << 60), "out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_full_disks_and_memories_are_one_line_that_says_how_to_go_on(name, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_run", Folder())
+    run, expected = OUTSIDE[name]
+    assert run_command(run) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.endswith("; epoch 2 was the last whole one: start again with --output runs/x --resume\n")
+    assert error.count("\n") == 1
+
+
+def test_errors_of_a_gpu_are_known_and_others_are_not():
+    assert "--batch-size" in command.outside_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert command.outside_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert command.outside_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")) is None
