@@ -25,9 +25,9 @@ from bmsn_zoo.data import (
     stratified_split,
 )
 from bmsn_zoo.layout import Layout
-from bmsn_zoo.mixture import Mixture, count_correct
 from bmsn_zoo.search_space import SearchSpace
 from bmsn_zoo.strategies import BalancedMixture
+from bmsn_zoo.supernet import Mixture, count_correct
 
 
 @dataclass(frozen=True)

@@ -210,11 +210,11 @@ def _results(metrics: TrainResult, default: TrainResult | None) -> str:
 def _layout(config: dict[str, Any], metrics: TrainResult) -> str:
     side = config["pretrained_cfg"]["input_size"][-1]
     layout, backbone = Layout.parse(metrics.layout), BACKBONES[metrics.model]
-    usual = backbone.default_layout.resolutions(side)
+    usual = backbone.resolutions(backbone.default_layout, side)
     rows = "".join(
         f"| {unit} | {channels} | {size}x{size} | {other}x{other} |\n"
         for unit, (channels, size, other) in enumerate(
-            zip(backbone.channels, layout.resolutions(side), usual, strict=True)
+            zip(backbone.channels, backbone.resolutions(layout, side), usual, strict=True)
         )
     )
     return (

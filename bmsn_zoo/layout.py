@@ -1,7 +1,7 @@
 """`Layout`: where a network downsamples, as data. No torch here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,11 @@ from .errors import InputError, brief
 
 _MAX_ENTRY, _MAX_SCALES = 9999, 32
 _TEXT = re.compile(r" *[0-9]{1,4}(?: *[-,] *[0-9]{1,4})* *")
+
+
+def halve_down(side: int) -> int:
+    """Half a side in pixels as 2x2 pools leave it, an odd last row being dropped."""
+    return side // 2
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +88,9 @@ class Layout:
         scales = self.scale_of_unit
         return tuple(int(unit > 0 and scales[unit] != scales[unit - 1]) for unit in range(len(scales)))
 
-    def check(self, num_units: int, image_size: int | None = None) -> "Layout":
+    def check(
+        self, num_units: int, image_size: int | None = None, halve: Callable[[int], int] = halve_down
+    ) -> "Layout":
         """Return this layout if a backbone of `num_units` units can run it on images of `image_size` pixels.
 
         Raises:
@@ -91,16 +98,23 @@ class Layout:
         """
         if self.num_units != num_units:
             raise InputError(f"layout {self} sums to {self.num_units}, the backbone has {num_units} units")
-        if image_size is not None and image_size >> (self.num_scales - 1) < 1:
+        if image_size is not None and min(self.resolutions(image_size, halve)) < 1:
             raise InputError(
                 f"layout {self} has {self.num_scales} scales, too many for {image_size}-pixel images: "
                 f"use images of at least {2 ** (self.num_scales - 1)} pixels or fewer scales"
             )
         return self
 
-    def resolutions(self, image_size: int) -> tuple[int, ...]:
-        """Side of each unit's feature map in pixels, for square images of `image_size` pixels."""
-        return tuple(image_size >> scale for scale in self.scale_of_unit)
+    def resolutions(self, image_size: int, halve: Callable[[int], int] = halve_down) -> tuple[int, ...]:
+        """Side of each unit's feature map in pixels, for square images of `image_size` pixels.
+
+        Args:
+            halve: what a downsampling makes of a side; pools round down, strides up.
+        """
+        sides = [image_size]
+        for _ in self.units_per_scale[1:]:
+            sides.append(halve(sides[-1]))
+        return tuple(sides[scale] for scale in self.scale_of_unit)
 
     def table(self, image_size: int, channels: Sequence[int]) -> str:
         """A text table of unit, resolution and channels; `channels` holds one entry for each unit."""

@@ -34,7 +34,6 @@ from .data import (
     stratified_split,
 )
 from .errors import InputError
-from .mixture import Mixture, count_correct
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .ranking import build_result
@@ -42,6 +41,7 @@ from .records import RunFolder, load_training_state, open_run, resolve_config, s
 from .results import SearchDataset, SearchResult
 from .search_space import SearchSpace
 from .strategies import BalancedMixture, Draw
+from .supernet import Mixture, count_correct
 
 _log = logging.getLogger(__name__)
 _EXCHANGE_STEPS = 32  # steps between exchanges of scores among processes that own supernets
@@ -124,7 +124,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     share = _Share.of(config, accelerator.process_index, accelerator.num_processes)
 
     source = DataSource(config, torch.get_num_threads())
-    space.default_layout.check(space.backbone.num_units, source.image_size)
+    space.backbone.check(space.default_layout, source.image_size)
     with PartialState().local_main_process_first():
         data = source.train()
     labels = data.images.labels.numpy()

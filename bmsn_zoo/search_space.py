@@ -1,53 +1,53 @@
-"""`Backbone`: the units of a network; `SearchSpace`: all its layouts, in a fixed order. No torch here."""
+"""`Backbone`: what a searchable network offers; `SearchSpace`: layouts of one, in a fixed order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import Any
 
+from . import cost
 from .errors import InputError
-from .layout import Layout
+from .layout import Layout, halve_down
 
 _MAX_LAYOUTS = 20_000
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The units of a network, whatever their resolution.
-
-    Unit 0 is a 3x3 stem convolution, every other one a residual block of two 3x3 convolutions, with a 1x1
-    convolution on the shortcut where the number of channels changes. A downsampling is a 2x2 max pool on a
-    unit's input, so no weight changes shape with the layout (paper, section 3).
+    """All that a network must offer to be searchable: the units of it, whatever their resolution.
 
     Args:
+        create: makes a supernet from `num_classes`, `in_chans` and `device`: a timm model that has, beside timm's
+            `forward_head`, its present `layout`, `set_layout(layout)` for a whole `forward`, and
+            `forward_unit(x, unit, downsample)`, which runs one unit and leaves the layout as it is. What runs before
+            the first unit belongs to unit 0. No weight changes shape with the layout (paper, section 3).
         channels: output channels of each unit.
         default_layout: where the original network downsamples.
+        halve: the side in pixels that a downsampling leaves of a side; pools round down, strides up.
     """
 
+    create: Callable[..., Any]
     channels: tuple[int, ...]
     default_layout: Layout
+    halve: Callable[[int], int] = halve_down
 
     @property
     def num_units(self) -> int:
-        """Units in all, the stem included."""
+        """Units in all, the stem included if it is one."""
         return len(self.channels)
 
-    def macs(self, layout: Layout, image_size: int, in_chans: int = 3) -> int:
-        """Multiply-accumulates of the convolutions for one square image of `image_size` pixels."""
-        layout.check(self.num_units, image_size)
-        total, inputs = 0, in_chans
-        for unit, (size, outputs) in enumerate(zip(layout.resolutions(image_size), self.channels, strict=True)):
-            weights = 9 * inputs * outputs
-            if unit > 0:
-                weights += 9 * outputs * outputs + (inputs * outputs if inputs != outputs else 0)
-            total += weights * size * size
-            inputs = outputs
-        return total
+    def check(self, layout: str | Sequence[int] | Layout, image_size: int | None = None) -> Layout:
+        """The layout, if this backbone can run it (on square images of `image_size` pixels); see `Layout.check`."""
+        return Layout.parse(layout).check(self.num_units, image_size, self.halve)
+
+    def resolutions(self, layout: Layout, image_size: int) -> tuple[int, ...]:
+        """Side of each unit's feature map in pixels, for square images of `image_size` pixels."""
+        return layout.resolutions(image_size, self.halve)
 
 
-BACKBONES = {
-    "bmsn_resnet20": Backbone((16,) * 4 + (32,) * 3 + (64,) * 3, Layout((4, 3, 3))),
-}
+BACKBONES: dict[str, Backbone] = {}  # by the name of the timm model; each module of models/ enters its own
 
 
 class SearchSpace:
@@ -66,22 +66,32 @@ class SearchSpace:
             raise InputError(f"model {backbone!r} has no search space: use one of {', '.join(sorted(BACKBONES))}")
         self.name = backbone
         self.backbone = BACKBONES[backbone]
-        self.default_layout = (
-            self.backbone.default_layout if default_layout is None else Layout.parse(default_layout)
-        ).check(self.backbone.num_units)
-        units, downsamplings = self.backbone.num_units, self.num_scales - 1
+        self.default_layout = self.backbone.check(
+            self.backbone.default_layout if default_layout is None else default_layout
+        )
+        units, downsamplings = self.backbone.num_units, self.default_layout.num_scales - 1
         if comb(units - 1, downsamplings) > _MAX_LAYOUTS:
-            raise InputError(f"{self.num_scales} scales give over {_MAX_LAYOUTS} layouts: use fewer scales")
-        self._layouts = sorted(
+            raise InputError(f"{downsamplings + 1} scales give over {_MAX_LAYOUTS} layouts: use fewer scales")
+        self._hold(
             Layout(tuple(end - start for start, end in zip((0, *cuts), (*cuts, units), strict=True)))
             for cuts in combinations(range(1, units), downsamplings)
         )
+
+    def _hold(self, layouts: Iterable[Layout]) -> None:
+        self._layouts = sorted(set(layouts))
         self._index = {layout: index for index, layout in enumerate(self._layouts)}
 
-    @property
-    def num_scales(self) -> int:
-        """Resolutions of every layout."""
-        return self.default_layout.num_scales
+    def subset(self, layouts: Iterable[str | Sequence[int] | Layout]) -> "SearchSpace":
+        """A space of some layouts of this backbone, of any number of scales; the default need not be among them.
+
+        Raises:
+            InputError: if there is none, or one does not fit the backbone.
+        """
+        space = copy(self)
+        space._hold(self.backbone.check(layout) for layout in layouts)
+        if not len(space):
+            raise InputError("no layout is left to search: allow more of them")
+        return space
 
     def __len__(self) -> int:
         return len(self._layouts)
@@ -92,17 +102,24 @@ class SearchSpace:
     def __iter__(self) -> Iterator[Layout]:
         return iter(self._layouts)
 
+    def __contains__(self, layout: object) -> bool:
+        return layout in self._index
+
     def index(self, layout: str | Sequence[int] | Layout) -> int:
         """Position of a layout in this space.
 
         Raises:
             InputError: if the layout is not in it.
         """
-        layout = Layout.parse(layout).check(self.backbone.num_units)
-        if layout not in self._index:
-            raise InputError(f"layout {layout} has {layout.num_scales} scales, this search has {self.num_scales}")
+        layout = self.backbone.check(layout)
+        if layout not in self:
+            scales = sorted({found.num_scales for found in self})
+            if layout.num_scales not in scales:
+                found = " or ".join(map(str, scales))
+                raise InputError(f"layout {layout} has {layout.num_scales} scales, this search has {found}")
+            raise InputError(f"layout {layout} is not among the {len(self)} layouts of this search")
         return self._index[layout]
 
     def macs(self, layout: Layout, image_size: int, in_chans: int = 3) -> int:
-        """Multiply-accumulates of a layout, see `Backbone.macs`."""
-        return self.backbone.macs(layout, image_size, in_chans)
+        """Multiply-accumulates of a layout for one square image, see `cost.macs`."""
+        return cost.macs(self.backbone, layout, image_size, in_chans)

@@ -95,7 +95,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         raise InputError(f"batch-size {config.batch_size} cannot be shared by {shard[1]} processes: use a multiple")
 
     source = DataSource(config, torch.get_num_threads())
-    layout.check(space.backbone.num_units, source.image_size)
+    space.backbone.check(layout, source.image_size)
     with PartialState().local_main_process_first():
         data = source.train()
     training, holdout = data.images, None
@@ -224,7 +224,6 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
 
 def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
     """An untrained network for a data set, its timm configuration included."""
-    side = data.image_size >> (layout.num_scales - 1)
     return timm.create_model(  # type: ignore[return-value]
         config.model,
         layout=str(layout),
@@ -234,7 +233,6 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
         pretrained_cfg_overlay={
             "num_classes": len(data.label_names),
             "input_size": (config.in_chans, data.image_size, data.image_size),
-            "pool_size": (side, side),
             "mean": data.mean,
             "std": data.std,
         },

@@ -23,7 +23,7 @@ from bmsn_zoo import InputError, SearchSpace, hub
 from bmsn_zoo import search as search_module
 from bmsn_zoo import train as train_module
 from bmsn_zoo.card import SOME_NAME
-from bmsn_zoo.mixture import Mixture
+from bmsn_zoo.supernet import Mixture
 
 ROOT = Path(__file__).parents[1]
 NET, SEARCH = "alice/net", "alice/search"

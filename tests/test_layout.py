@@ -114,6 +114,16 @@ def test_odd_sizes_are_rounded_down():
     assert Layout((1, 1, 1)).resolutions(33) == (33, 16, 8)
 
 
+def test_strides_round_up():
+    def halve(side):
+        return -(-side // 2)
+
+    assert Layout((2, 1, 1, 1)).resolutions(28, halve) == (28, 28, 14, 7, 4)
+    assert Layout((1, 1, 1)).check(3, 1, halve).resolutions(1, halve) == (1, 1, 1)
+    with pytest.raises(InputError, match="too many for 0-pixel images"):
+        Layout((1, 1, 1)).check(3, 0, halve)
+
+
 def test_table_shows_unit_resolution_and_channels():
     head, *rows = Layout((1, 2, 1)).table(32, (16, 16, 32, 64)).splitlines()
     assert head.split() == ["unit", "resolution", "channels"]

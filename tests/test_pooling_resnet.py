@@ -7,6 +7,7 @@ import torch
 from closeness import close
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bmsn_zoo import InputError, Layout, PoolingResNet, SearchSpace
 
@@ -127,8 +128,8 @@ def test_weights_without_a_layout_are_refused():
 def checkpoint(tmp_path):
     """A network of layout 5-3-2 and its weights on disk."""
     model = create("5-3-2").eval()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
+    for name, buffer in model.named_buffers():
+        if "running" in name:
             buffer.uniform_(0.5, 1.5)
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(model.state_dict(), file)
@@ -155,11 +156,126 @@ def test_checkpoint_of_another_layout_is_refused_through_timm(checkpoint):
         timm.create_model("bmsn_resnet20", checkpoint_path=file)
 
 
-def test_layout_survives_casts_and_stays_a_whole_number():
-    model = create("5-3-2").half().to(torch.float64).to(memory_format=torch.channels_last)
-    assert model.state_dict()["layout_units"].tolist() == [5, 3, 2]
-    assert not model.state_dict()["layout_units"].is_floating_point()
-    create("5-3-2").double().load_state_dict(model.state_dict())
+def averages():
+    """Weights of two networks of layout 5-3-2 averaged in every way that torch, timm and users' scripts do it."""
+    first, second = create("5-3-2"), create("5-3-2")
+    for name, average in dict(swa={}, ema=dict(multi_avg_fn=get_ema_multi_avg_fn(0.999))).items():
+        averaged = AveragedModel(first, use_buffers=True, **average)
+        for network in [first, second] * 20:
+            averaged.update_parameters(network)
+        yield name, averaged.module.state_dict()
+    ema = timm.utils.ModelEmaV3(first, decay=0.9)
+    for step in range(20):
+        ema.update(second, step)
+    yield "timm", ema.module.state_dict()
+    a, b = first.state_dict(), second.state_dict()
+    yield "files", {key: ((a[key].double() * 3 + b[key].double() * 4) / 7).float() for key in a}
+    yield "whole numbers", {**a, "layout_units": torch.tensor([5, 3, 2])}  # as we saved them once
+    for dtype in (torch.half, torch.bfloat16, torch.double):
+        yield str(dtype), create("5-3-2").to(dtype).state_dict()
+
+
+@pytest.mark.parametrize(("way", "state"), averages(), ids=lambda value: value if isinstance(value, str) else "")
+def test_layout_survives_averages_and_casts(way, state):
+    model = create("5-3-2")
+    model.load_state_dict(state)
+    assert model.layout_units.tolist() == [5, 3, 2]
+    assert torch.equal(model.conv1.weight, state["conv1.weight"].float())
+    with pytest.raises(InputError, match=r"belong to layout 5-3-2.*has layout 4-3-3.*layout='5-3-2'"):
+        create("4-3-3").load_state_dict(state)
+
+
+@pytest.mark.parametrize("others", [1, 2, 9])
+def test_average_of_different_layouts_is_refused(others):
+    states = [create("5-3-2").state_dict()] + others * [create("4-3-3").state_dict()]
+    mean = {key: sum(state[key].double() for state in states).div(others + 1).float() for key in states[0]}
+    for layout in ("5-3-2", "4-3-3"):
+        with pytest.raises(InputError, match="average weights of one layout alone"):
+            create(layout).load_state_dict(mean)
+
+
+# what timm 1.0.31 asks of its own networks
+
+
+@pytest.mark.parametrize("searchable", [False, True])
+def test_device_and_dtype_are_those_asked_for(searchable):
+    model = create(dtype=torch.bfloat16, searchable=searchable)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    empty = create(device="meta", dtype=torch.half, searchable=searchable)
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert empty(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.half)).shape == (2, 10)
+
+
+def test_new_classifier_has_the_networks_type_and_mode_and_keeps_the_pool():
+    model = create(global_pool="max").to(torch.double).eval()
+    model.bn1.train()
+    model.reset_classifier(7)
+    assert model.fc.weight.dtype == torch.double
+    assert model.bn1.training
+    assert not any(module.training for head in (model.global_pool, model.fc) for module in head.modules())
+    features = torch.rand(2, 64, 8, 8, dtype=torch.double)
+    assert torch.equal(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
+    model.reset_classifier(0, "")
+    with pytest.raises(InputError, match=r"global_pool='' keeps the map.*num_classes=0"):
+        model.reset_classifier(7)
+    assert torch.equal(model.forward_head(features), features)
+    empty = create(device="meta")
+    empty.reset_classifier(3)
+    assert empty.fc.weight.is_meta
+
+
+@pytest.mark.parametrize(("pool", "width"), [("avg", 64), ("catavgmax", 128), ("avgmax", 64)])
+def test_head_is_as_wide_as_its_pool_makes_it(pool, width):
+    for model in (create(global_pool=pool), create()):
+        model.reset_classifier(5, pool)
+        x = torch.zeros(2, 3, 32, 32)
+        assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
+        assert model.head_hidden_size == width == model.fc.in_features
+        model.prune_intermediate_layers([0], prune_head=False)
+        assert (model.num_features, model.num_classes) == (16, 0)
+        assert model(x).shape == (2, 16, 32, 32)
+        assert model.forward_head(model.forward_features(x), pre_logits=True).shape[1] == model.head_hidden_size
+        model.reset_classifier(5, pool)
+        assert model(x).shape == (2, 5)
+        assert model.head_hidden_size == width // 4
+
+
+def test_map_without_a_pool_has_no_classifier():
+    for classes in (dict(), dict(num_classes=3)):
+        with pytest.raises(InputError, match=r"global_pool='' keeps the map.*such as avg"):
+            create(global_pool="", **classes)
+    assert create(global_pool="", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+
+
+@pytest.mark.parametrize("act_layer", ["silu", nn.SiLU])
+def test_other_activations(act_layer):
+    model = create(act_layer=act_layer).eval()
+    assert {type(m) for name, m in model.named_modules() if "act" in name.split(".")[-1]} == {nn.SiLU}
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+
+
+def test_labels_of_other_classes_are_forgotten():
+    names = tuple(f"class {index}" for index in range(10))
+    overlay = dict(num_classes=10, label_names=names)
+    assert create(pretrained_cfg_overlay=overlay).pretrained_cfg["label_names"] == names
+    reset = create(pretrained_cfg_overlay=overlay)
+    reset.reset_classifier(5)
+    for model in (reset, create(pretrained_cfg_overlay=overlay, num_classes=5)):
+        assert model.default_cfg is model.pretrained_cfg
+        assert model.pretrained_cfg["num_classes"] == 5
+        assert "label_names" not in model.pretrained_cfg
+
+
+@pytest.mark.skipif(not hasattr(timm.models._builder, "_init_model_traits"), reason="timm before 1.0.31 saves less")
+def test_timm_saves_a_network_whatever_its_layout_was_written_as(tmp_path):
+    for layout in (Layout((5, 3, 2)), [5, 3, 2], "5-3-2"):
+        model = create(layout, num_classes=4).eval()
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        x = torch.rand(2, 3, 32, 32)
+        assert again.layout == "5-3-2"
+        assert torch.equal(again(x), model(x))
 
 
 # supernets
@@ -225,6 +341,9 @@ def test_units_one_by_one_are_the_network():
     for unit, flag in enumerate((0, 0, 0, 0, 0, 1, 0, 0, 1, 0)):
         features = supernet.forward_unit(features, unit, bool(flag))
     assert torch.equal(supernet.forward_head(features), expected)
+    supernet.forward_unit(x, 0, False)
+    supernet.forward_unit(torch.randn(2, 16, 8, 8), 2, True)  # another layout's
+    assert torch.equal(supernet(x), expected)
 
 
 def test_network_of_any_units():

@@ -3,9 +3,12 @@ from math import comb
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from bmsn_zoo import BACKBONES, InputError, Layout, SearchSpace
+from bmsn_zoo import BACKBONES, Backbone, InputError, Layout, SearchSpace, cost
+from bmsn_zoo.supernet import Mixture, walk_layouts
 
 # millions of multiply-accumulates for one 32x32 image, known before any code was written
 MACS = {
@@ -52,7 +55,6 @@ def test_default_layout_sets_the_number_of_scales(name, scales):
     default = (1,) * (scales - 1) + (units - scales + 1,)
     space = SearchSpace(name, default)
     assert len(space) == comb(units - 1, scales - 1)
-    assert space.num_scales == scales
     assert space.default_layout == Layout(default)
     assert list(space) == sorted(set(space))
 
@@ -102,9 +104,113 @@ def test_macs_are_those_of_the_real_convolutions(name, image_size, in_chans):
         assert space.macs(layout, image_size, in_chans) == sum(counted)
 
 
+def test_macs_are_counted_once_for_each_unit_size_and_downsampling(space):
+    cost._row.cache_clear()
+    rows = set()
+    for layout in space:
+        space.macs(layout, 32)
+        rows |= set(zip(range(10), (32, *layout.resolutions(32)), layout.flags, strict=False))
+    assert cost._row.cache_info().currsize == len(rows)
+
+
 def test_macs_of_an_image_that_is_too_small(space):
     with pytest.raises(InputError, match="3 scales, too many for 3-pixel images"):
         space.macs(space.default_layout, 3)
+
+
+# a part of the layouts
+
+
+def test_subset_is_sorted_and_need_not_hold_the_default(space):
+    some = space.subset(["5-3-2", [1, 1, 8], Layout((5, 5)), "5-3-2"])
+    assert [str(layout) for layout in some] == ["1-1-8", "5-3-2", "5-5"]
+    assert (some.name, str(some.default_layout)) == ("bmsn_resnet20", "4-3-3")
+    assert some.default_layout not in some
+    assert some.index("5-5") == 2
+    assert len(space) == 36
+    assert space.default_layout in space
+    with pytest.raises(InputError, match="4-3-3 is not among the 3 layouts of this search"):
+        some.index("4-3-3")
+    with pytest.raises(InputError, match="10 has 1 scales, this search has 2 or 3"):
+        some.index("10")
+    with pytest.raises(InputError, match="no layout is left"):
+        space.subset([])
+    with pytest.raises(InputError, match="sums to 11"):
+        space.subset(["5-3-3"])
+
+
+# another network
+
+
+class StridedResNet(ResNet):
+    """timm's ResNet18 for small images, its strides wherever a layout says; the stem is no unit."""
+
+    def __init__(self, **kwargs):
+        super().__init__(block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
+        self.conv1, self.maxpool = (
+            nn.Conv2d(self.in_chans, 64, 3, padding=1, bias=False, device=kwargs.get("device")),
+            nn.Identity(),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats, module.running_mean, module.running_var = False, None, None
+        self.units = [block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(self, name)]
+        self.set_layout("2-2-2-2")
+
+    def set_layout(self, layout):
+        layout = Layout.parse(layout)
+        for unit, flag in zip(self.units, layout.flags, strict=True):
+            self.set_stride(unit, 2 if flag else 1)
+        self.layout = str(layout)
+
+    @staticmethod
+    def set_stride(unit, stride):
+        before = unit.conv1.stride[0]
+        unit.conv1.stride = (stride, stride)
+        if unit.downsample is None:
+            unit.downsample = nn.Identity()
+        if isinstance(unit.downsample, nn.Sequential):
+            unit.downsample[0].stride = (stride, stride)
+        else:
+            unit.downsample = nn.AvgPool2d(1, stride)
+        return before
+
+    def forward_unit(self, x, unit, downsample):
+        if unit == 0:
+            x = self.act1(self.bn1(self.conv1(x)))
+        before = self.set_stride(self.units[unit], 2 if downsample else 1)
+        x = self.units[unit](x)
+        self.set_stride(self.units[unit], before)
+        return x
+
+
+@pytest.fixture
+def strided(monkeypatch):
+    """A search space of another kind of network: all that it takes is an entry in the registry."""
+    channels = (64,) * 2 + (128,) * 2 + (256,) * 2 + (512,) * 2
+    monkeypatch.setitem(
+        BACKBONES, "strided", Backbone(StridedResNet, channels, Layout((2, 2, 2, 2)), lambda side: -(-side // 2))
+    )
+    return SearchSpace("strided").subset(["2-2-2-2", "2-2-3-1", "2-3-3", "1-1-1-5"])
+
+
+@torch.no_grad()
+def test_any_network_with_units_can_be_searched(strided):
+    made = Mixture(strided, 1, num_classes=3, in_chans=1, seed=0)
+    supernet, images, sizes = made.supernets[0], torch.rand(2, 1, 28, 28), []
+    walked = list(walk_layouts(supernet, strided, images))
+    assert supernet.layout == "2-2-2-2"
+    for layout, logits in zip(strided, walked, strict=True):
+        copy = made.extract(layout, 0)
+        assert torch.equal(copy(images), logits)
+        for unit in copy.units:
+            unit.register_forward_hook(lambda _, __, out: sizes.append(out.shape[-1]))
+        sizes.clear()
+        with FlopCounterMode(display=False) as counter:
+            copy(images[:1])
+        assert tuple(sizes) == strided.backbone.resolutions(layout, 28)
+        assert strided.macs(layout, 28, 1) == counter.get_total_flops() // 2 - 512 * 3
+    assert len({tuple(logits.flatten().tolist()) for logits in walked}) == 4
 
 
 def test_parameters_of_resnet20(space):

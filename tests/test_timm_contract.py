@@ -108,6 +108,8 @@ def test_default_cfg_agrees_with_the_model(name, layout):
     assert pooled.shape == (2, model.head_hidden_size)
     assert torch.equal(model.forward_head(features), model(x))
 
+    assert not any(isinstance(value, list) for value in cfg.values()), "timm has tuples"
+    assert ((2,) + cfg["input_size"])[1:] == x.shape[1:]
     assert cfg["num_classes"] == model.num_classes
     assert f"{cfg['classifier']}.weight" in state
     assert model.get_classifier(name_only=True) == cfg["classifier"]
@@ -131,7 +133,7 @@ def test_classifier_can_be_removed_and_replaced(name, layout):
     assert torch.equal(model(x), pooled)
     model.reset_classifier(0, "")
     assert torch.equal(model(x), features)
-    model.reset_classifier(7)
+    model.reset_classifier(7, "avg")
     assert model(x).shape == (2, 7)
     assert model.num_classes == model.get_classifier().out_features == 7
     model.reset_classifier(7, "max")

@@ -14,6 +14,7 @@ from ..config import shipped_folder
 from ..errors import InputError
 from ..layout import Layout
 from ..search_space import BACKBONES
+from .pooling_resnet import tuples
 
 __all__ = ["register_folder"]
 
@@ -40,9 +41,9 @@ def register_folder(folder: Path) -> None:
         fixed = Layout.parse(defaults.pop("layout")).check(BACKBONES[backbone].num_units)
         cfg = {
             "hf_hub_id": f"{HUB_ORG}/{name}",
-            **config["pretrained_cfg"],
+            **tuples(dict(config["pretrained_cfg"])),
             "num_classes": config["num_classes"],
-            "label_names": config.get("label_names"),
+            "label_names": tuple(config.get("label_names") or ()) or None,
             "file": str(weights) if weights.exists() else None,
             "hf_hub_filename": "model.safetensors",
         }
@@ -66,9 +67,7 @@ def register_folder(folder: Path) -> None:
             if org:
                 pretrained_cfg = replace(pretrained_cfg, file=None, hf_hub_id=f"{org}/{name}")
         arguments = {**defaults, **kwargs, "layout": str(fixed)}
-        model = model_entrypoint(backbone)(pretrained, pretrained_cfg=pretrained_cfg, **arguments)
-        model._model_args = {"layout": str(fixed)}  # timm saves these with the model
-        return model
+        return model_entrypoint(backbone)(pretrained, pretrained_cfg=pretrained_cfg, **arguments)
 
     create.__name__, create.__qualname__ = name, name
     create.__doc__ = f"{backbone} with the layout {fixed}, from the model folder {name}."

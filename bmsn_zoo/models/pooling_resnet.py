@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import create_classifier
+from timm.layers import create_classifier, get_act_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..errors import InputError
 from ..layout import Layout
-from ..search_space import BACKBONES
+from ..search_space import BACKBONES, Backbone
 
 __all__ = ["PoolingResNet"]
 
@@ -23,32 +23,30 @@ _SupernetNorm = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
 class BasicBlock(nn.Module):
     """A residual block of two 3x3 convolutions; a 2x2 max pool on its input is where it may downsample."""
 
-    def __init__(self, in_chs: int, out_chs: int, downsample: bool, norm_layer: Any, act_layer: Any) -> None:
+    def __init__(
+        self, in_chs: int, out_chs: int, downsample: bool, norm_layer: Any, act_layer: Any, **factory: Any
+    ) -> None:
         super().__init__()
-        self.set_downsampling(downsample)
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(out_chs)
+        self.downsample = downsample  # read at every forward, so a supernet changes its layout by it
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False, **factory)
+        self.bn1 = norm_layer(out_chs, **factory)
         self.act1 = act_layer(inplace=True)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
-        self.bn2 = norm_layer(out_chs)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **factory)
+        self.bn2 = norm_layer(out_chs, **factory)
         self.shortcut = (
-            nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False), norm_layer(out_chs))
+            nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False, **factory), norm_layer(out_chs, **factory))
             if in_chs != out_chs
             else nn.Identity()
         )
         self.act2 = act_layer(inplace=True)
 
-    @torch.jit.ignore
-    def set_downsampling(self, downsample: bool) -> None:
-        """Halve the input's resolution from now on, or keep it."""
-        self.pool = nn.MaxPool2d(2) if downsample else nn.Identity()
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(x)
+        if self.downsample:
+            x = nn.functional.max_pool2d(x, 2)
         shortcut = self.shortcut(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        x = x + shortcut
+        x += shortcut  # in place: one map less to write and to read
         return self.act2(x)
 
 
@@ -67,11 +65,15 @@ class PoolingResNet(nn.Module):
         drop_rate: dropout before the classifier, a fraction.
         searchable: a supernet: `set_layout` may change the layout at any time, and normalisation layers use the
             batch at hand, in training and in evaluation alike, without scale, shift or running statistics.
-        act_layer: activation class.
+        act_layer: activation class, or timm's name of one.
+        device: where the weights are made.
+        dtype: floating type of the weights.
 
     Raises:
         InputError: if the layout is malformed or does not fit the units.
     """
+
+    __jit_unused_properties__ = ("_model_args",)
 
     def __init__(
         self,
@@ -83,36 +85,60 @@ class PoolingResNet(nn.Module):
         drop_rate: float = 0.0,
         searchable: bool = False,
         act_layer: Any = nn.ReLU,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory = dict(device=device, dtype=dtype)
         parsed = Layout.parse(layout).check(len(channels))
         self.channels = tuple(channels)
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = self.channels[-1]
+        self.num_features = self.channels[-1]
         self.drop_rate = drop_rate
         self.searchable = searchable
         self.grad_checkpointing = False
 
-        norm_layer = _SupernetNorm if searchable else nn.BatchNorm2d
-        self.conv1 = nn.Conv2d(in_chans, self.channels[0], 3, padding=1, bias=False)
-        self.bn1 = norm_layer(self.channels[0])
+        norm_layer, act_layer = _SupernetNorm if searchable else nn.BatchNorm2d, get_act_layer(act_layer)
+        self.conv1 = nn.Conv2d(in_chans, self.channels[0], 3, padding=1, bias=False, **factory)
+        self.bn1 = norm_layer(self.channels[0], **factory)
         self.act1 = act_layer(inplace=True)
         self.blocks = nn.Sequential(
             *(
-                BasicBlock(in_chs, out_chs, bool(flag), norm_layer, act_layer)
+                BasicBlock(in_chs, out_chs, bool(flag), norm_layer, act_layer, **factory)
                 for in_chs, out_chs, flag in zip(self.channels, self.channels[1:], parsed.flags[1:], strict=False)
             )
         )
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self._set_head(num_classes, global_pool, **factory)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
         self._describe(parsed)
-        if not searchable:
-            self.register_buffer("layout_units", torch.tensor(parsed.units_per_scale))
-            self.register_load_state_dict_pre_hook(_refuse_other_layout)
+        if not searchable:  # as floats, since averages of whole numbers would be cut to smaller ones
+            self.register_buffer("layout_units", torch.tensor(parsed.units_per_scale, dtype=torch.float, device=device))
+            self.register_load_state_dict_pre_hook(_check_layout)
+
+    def _set_head(self, num_classes: int, global_pool: str, **factory: Any) -> None:
+        if num_classes and not global_pool:
+            raise InputError(
+                f"global_pool='' keeps the map, which a classifier of {num_classes} classes cannot take: "
+                "use num_classes=0, or a pool such as avg"
+            )
+        self.num_classes = num_classes
+        self.global_pool, self.fc = (
+            module.train(self.training)
+            for module in create_classifier(self.num_features, num_classes, global_pool, **factory)
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """timm: the arguments that it saves with the weights, so the layout is text."""
+        return self._saved_args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._saved_args = {key: args[key] for key in args if key != "hub_org"} | {"layout": self.layout}
 
     @torch.jit.ignore
     def _describe(self, layout: Layout) -> None:
@@ -136,19 +162,22 @@ class PoolingResNet(nn.Module):
             raise RuntimeError(f"this network has the fixed layout {self.layout}: only a supernet can change it")
         parsed = Layout.parse(layout).check(len(self.channels))
         for block, flag in zip(self.blocks, parsed.flags[1:], strict=True):
-            block.set_downsampling(bool(flag))  # type: ignore[operator]
+            block.downsample = bool(flag)  # type: ignore[assignment]
         self._describe(parsed)
 
     @torch.jit.ignore
     def forward_unit(self, x: torch.Tensor, unit: int, downsample: bool) -> torch.Tensor:
-        """Run one unit of a supernet, downsampling its input or not; `set_layout` must follow before `forward`."""
+        """Run one unit of a supernet, downsampling its input or not; its layout stays as it is."""
         if not self.searchable:
             raise RuntimeError(f"this network has the fixed layout {self.layout}: only a supernet runs unit by unit")
         if unit == 0:
             return self.act1(self.bn1(self.conv1(x)))
         block = self.blocks[unit - 1]
-        block.set_downsampling(downsample)  # type: ignore[operator]
-        return block(x)
+        before, block.downsample = block.downsample, downsample  # type: ignore[assignment]
+        try:
+            return block(x)
+        finally:
+            block.downsample = before
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -170,10 +199,19 @@ class PoolingResNet(nn.Module):
         """timm: the classifier, or its name."""
         return "fc" if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """timm: replace the classifier by a new one; 0 classes removes it."""
-        self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm: replace the classifier by a new one; 0 classes removes it.
+
+        Args:
+            num_classes: outputs of the new one.
+            global_pool: timm pooling type before it; the present one if None.
+
+        Raises:
+            InputError: if there is a classifier, but no pool.
+        """
+        pool, weight = self.global_pool.pool_type if global_pool is None else global_pool, self.conv1.weight
+        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+        _tell_timm(self)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) images to (B, num_features, H / 2^(S-1), W / 2^(S-1)) features."""
@@ -233,8 +271,10 @@ class PoolingResNet(nn.Module):
     ) -> list[int]:
         """timm: drop the blocks after the last map asked for, and the head; returns the absolute indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)
+        cut = last + 1 < len(self.feature_info)  # the head is as wide as the last map, so it goes with it
         self.blocks = self.blocks[: self._scale_ends()[last]]
-        if prune_head:
+        self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return take
 
@@ -248,15 +288,34 @@ class PoolingResNet(nn.Module):
         return ends
 
 
-def _refuse_other_layout(module: PoolingResNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _check_layout(module: PoolingResNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse the weights of another layout; after averaging, their numbers are whole but for rounding."""
     stored = state_dict.get(prefix + "layout_units")
-    if stored is not None:
-        found = "-".join(str(entry) for entry in stored.flatten().tolist())
-        if found != module.layout:
-            raise InputError(
-                f"these weights belong to layout {found}, the network has layout {module.layout}: "
-                f"create it with layout={found!r}"
-            )
+    if stored is None:
+        return
+    units = [round(value, 1) for value in stored.flatten().tolist()]
+    found = "-".join(f"{value:g}" for value in units)
+    if found != module.layout:
+        whole = all(value % 1 == 0 for value in units)
+        raise InputError(
+            f"these weights belong to layout {found}, the network has layout {module.layout}: "
+            + (f"create it with layout={found!r}" if whole else "average weights of one layout alone")
+        )
+    state_dict[prefix + "layout_units"] = torch.tensor(units, dtype=torch.float, device=stored.device)
+
+
+def _tell_timm(model: nn.Module) -> None:
+    """Make timm's cfg say what this network is: its own number of classes, and no names of other ones."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    cfg.update(tuples(cfg))
+    if cfg.get("num_classes", 0) != getattr(model, "num_classes", 0):
+        cfg["num_classes"] = model.num_classes
+        cfg.pop("label_names", None)
+
+
+def tuples(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A cfg from JSON as timm has it, with tuples for lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -282,11 +341,11 @@ default_cfgs = generate_default_cfgs({"bmsn_resnet20": _cfg()})
 
 def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout | None, **kwargs: Any) -> nn.Module:
     backbone = BACKBONES[variant]
-    parsed = (backbone.default_layout if layout is None else Layout.parse(layout)).check(backbone.num_units)
+    parsed = backbone.check(backbone.default_layout if layout is None else layout)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if parsed.num_scales != backbone.default_layout.num_scales and not kwargs.get("pretrained_cfg"):
-        side = default_cfgs[variant].default.input_size[-1] >> (parsed.num_scales - 1)
-        overlay.setdefault("pool_size", (side, side))
+    if not kwargs.get("pretrained_cfg"):
+        sides = overlay.get("input_size", default_cfgs[variant].default.input_size)[1:]
+        overlay.setdefault("pool_size", tuple(backbone.resolutions(parsed, side)[-1] for side in sides))
     model = build_model_with_cfg(
         PoolingResNet,
         variant,
@@ -297,6 +356,7 @@ def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout
         layout=parsed,
         **kwargs,
     )
+    _tell_timm(model)
     return model
 
 
@@ -306,3 +366,10 @@ def bmsn_resnet20(
 ) -> nn.Module:
     """ResNet20 with ten units (3x3 stem, 9 basic blocks) that downsamples where `layout` says, 4-3-3 by default."""
     return _create("bmsn_resnet20", pretrained, layout, **kwargs)
+
+
+BACKBONES["bmsn_resnet20"] = Backbone(
+    create=partial(bmsn_resnet20, searchable=True),
+    channels=(16,) * 4 + (32,) * 3 + (64,) * 3,
+    default_layout=Layout((4, 3, 3)),
+)

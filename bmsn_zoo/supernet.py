@@ -1,13 +1,12 @@
 """`Mixture`: M supernets over one search space, and the exhaustive evaluation of their layouts."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from .layout import Layout
-from .models import PoolingResNet
 from .search_space import SearchSpace
 
 
@@ -15,7 +14,7 @@ class Mixture:
     """M supernets of one search space (paper, section 3.2).
 
     Args:
-        space: the layouts; its name is the timm model to build.
+        space: the layouts, and the backbone to build.
         mixture_size: M.
         num_classes: outputs of every supernet.
         in_chans: channels of the images.
@@ -24,36 +23,23 @@ class Mixture:
 
     def __init__(self, space: SearchSpace, mixture_size: int, num_classes: int, in_chans: int, seed: int) -> None:
         self.space = space
-        self.supernets: list[PoolingResNet] = []
+        self.supernets: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             for index in range(mixture_size):
                 torch.manual_seed((seed << 16) + index)
-                self.supernets.append(
-                    timm.create_model(  # type: ignore[arg-type]
-                        space.name,
-                        layout=str(space.default_layout),
-                        num_classes=num_classes,
-                        in_chans=in_chans,
-                        searchable=True,
-                    )
-                )
+                self.supernets.append(space.backbone.create(num_classes=num_classes, in_chans=in_chans))
 
     def __len__(self) -> int:
         return len(self.supernets)
 
-    def extract(self, layout: str | Layout, supernet: int) -> PoolingResNet:
+    def extract(self, layout: str | Layout, supernet: int) -> Any:
         """An independent copy of one supernet with one layout; it gives the same logits."""
         source = self.supernets[supernet]
         with torch.random.fork_rng(devices=[]):
-            copy: PoolingResNet = timm.create_model(  # type: ignore[assignment]
-                self.space.name,
-                layout=str(Layout.parse(layout)),
-                num_classes=source.num_classes,
-                in_chans=source.in_chans,
-                searchable=True,
-            )
+            copy = self.space.backbone.create(num_classes=source.num_classes, in_chans=source.in_chans)
+        copy.set_layout(layout)
         copy.load_state_dict(source.state_dict())
-        return copy.train(source.training).to(source.conv1.weight.device)
+        return copy.train(source.training).to(next(source.parameters()).device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights of all supernets, contiguous on the CPU, each name starting with its supernet's index."""
@@ -68,7 +54,7 @@ class Mixture:
         nn.ModuleDict({str(i): supernet for i, supernet in enumerate(self.supernets)}).load_state_dict(state)
 
 
-def walk_layouts(supernet: PoolingResNet, space: SearchSpace, images: Tensor) -> Iterator[Tensor]:
+def walk_layouts(supernet: Any, space: SearchSpace, images: Tensor) -> Iterator[Tensor]:
     """Logits of one supernet with every layout, in the order of the search space.
 
     Layouts that agree on their first downsamplings share the activations up to there, so all of them are walked
@@ -81,24 +67,20 @@ def walk_layouts(supernet: PoolingResNet, space: SearchSpace, images: Tensor) ->
     Yields:
         (B, num_classes) logits, one tensor for each layout.
     """
-    num_units = space.backbone.num_units
 
-    def walk(x: Tensor, first: int, scales_left: int) -> Iterator[Tensor]:
-        for unit in range(first, num_units - scales_left):
-            x = supernet.forward_unit(x, unit, downsample=unit == first)
-            if scales_left:
-                yield from walk(x, unit + 1, scales_left - 1)
-        if not scales_left:
-            yield supernet.forward_head(x)
+    def walk(x: Tensor, first: int, layouts: list[tuple[int, ...]]) -> Iterator[Tensor]:
+        for unit in range(first, space.backbone.num_units):
+            halving = [flags for flags in layouts if flags[unit]]
+            if 0 < len(halving) < len(layouts):  # the space is sorted, so those that halve come first
+                yield from walk(supernet.forward_unit(x, unit, True), unit + 1, halving)
+                halving, layouts = [], [flags for flags in layouts if not flags[unit]]
+            x = supernet.forward_unit(x, unit, bool(halving))
+        yield supernet.forward_head(x)
 
-    before = supernet.layout
-    try:
-        yield from walk(images, 0, space.num_scales - 1)
-    finally:
-        supernet.set_layout(before)
+    yield from walk(images, 0, [layout.flags for layout in space])
 
 
 @torch.no_grad()
-def count_correct(supernet: PoolingResNet, space: SearchSpace, images: Tensor, labels: Tensor) -> Tensor:
+def count_correct(supernet: Any, space: SearchSpace, images: Tensor, labels: Tensor) -> Tensor:
     """Correctly classified images of one batch for every layout, an int64 tensor of shape (L,) on their device."""
     return torch.stack([(logits.argmax(1) == labels).sum() for logits in walk_layouts(supernet, space, images)])

@@ -6,8 +6,8 @@ import timm
 import torch
 
 from bmsn_zoo import BACKBONES, SearchSpace
-from bmsn_zoo.mixture import Mixture, count_correct, walk_layouts
 from bmsn_zoo.runtime import native_precision
+from bmsn_zoo.supernet import Mixture, count_correct, walk_layouts
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,11 @@ def one_by_one(supernet, space, images):
         supernet.set_layout(layout)
         outputs.append(supernet(images))
     return outputs
+
+
+def prefixes(space):
+    """Unit runs that any evaluation of these layouts needs."""
+    return len({layout.flags[: unit + 1] for layout in space for unit in range(10)})
 
 
 def weights(supernet):
@@ -54,6 +59,24 @@ def test_walk_equals_one_by_one(name, default_layout, images):
     assert len({tuple(a.flatten().tolist()) for a in walked}) == len(walked), "layouts cannot be told apart"
 
 
+@pytest.mark.parametrize("layouts", [["5-3-2"], ["10", "1-9", "5-5", "4-1-5", "5-3-2", "3-3-2-2", "3-3-3-1"]])
+@torch.no_grad()
+def test_walk_of_any_layouts_leaves_the_supernet_as_it_is(layouts, images):
+    made = mixture(1)
+    supernet, space = made.supernets[0], made.space.subset(reversed(layouts))
+    supernet.set_layout("7-1-2")
+    before = supernet(images)
+    walk = walk_layouts(supernet, space, images)
+    first = next(walk)
+    assert torch.equal(supernet(images), before)
+    walked = [first, *walk]
+    assert torch.equal(supernet(images), before)
+    assert supernet.layout == "7-1-2"
+    assert [len(walked), len(space)] == [len(layouts)] * 2
+    for logits, expected in zip(walked, one_by_one(supernet, space, images), strict=True):
+        assert torch.equal(logits, expected)
+
+
 @pytest.mark.skipif(native_precision(CPU) != "bf16", reason="this processor only emulates bf16")
 @torch.no_grad()
 def test_walk_equals_one_by_one_in_bf16(images):
@@ -72,18 +95,17 @@ def test_walk_equals_one_by_one_in_bf16(images):
 def test_walk_holds_no_more_maps_than_there_are_scales(default_layout, images):
     made = mixture(1, default_layout=default_layout)
     supernet, alive, peak = made.supernets[0], weakref.WeakSet(), []
-    forward = supernet.forward_unit
 
-    def watched(x, unit, downsample):
-        result = forward(x, unit, downsample)
+    def watch(module, inputs, result):
         alive.add(result)
         peak.append(len(alive))
-        return result
 
-    supernet.forward_unit = watched
+    for module in (supernet.act1, *supernet.blocks):
+        module.register_forward_hook(watch)
     for _ in walk_layouts(supernet, made.space, images):
         pass
-    assert max(peak) <= made.space.num_scales + 1  # one for each scale, and the new one beside its input
+    # one for each scale, and the new one beside its input
+    assert max(peak) <= made.space.default_layout.num_scales + 1
     assert len(alive) == 0
 
 
@@ -94,8 +116,11 @@ def test_walk_runs_every_shared_prefix_once(images):
     for module in (supernet.conv1, *supernet.blocks):
         module.register_forward_hook(lambda *_: runs.append(1))
     list(walk_layouts(supernet, made.space, images))
-    prefixes = {layout.flags[: unit + 1] for layout in made.space for unit in range(10)}
-    assert len(runs) == len(prefixes)
+    assert len(runs) == prefixes(made.space) == 164
+    runs.clear()
+    three = made.space.subset(["1-1-8", "4-3-3", "4-4-2"])
+    list(walk_layouts(supernet, three, images))
+    assert len(runs) == prefixes(three) == 22
 
 
 def test_correct_answers_are_counted_for_every_layout(images):

@@ -1,0 +1,42 @@
+"""What a layout costs: a sum of rows, each counted once per (unit, size of its input, downsampling)."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from .search_space import Backbone
+
+
+def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 3) -> int:
+    """Multiply-accumulates of all units for one square image, as torch counts them; the head's are left out.
+
+    Args:
+        image_size: side of the image in pixels.
+        in_chans: channels of the image.
+
+    Raises:
+        InputError: if the layout does not fit the backbone or the image.
+    """
+    shape, total = torch.Size((1, in_chans, image_size, image_size)), 0
+    for unit, flag in enumerate(backbone.check(layout, image_size).flags):
+        count, shape = _row(backbone, in_chans, unit, shape, bool(flag))
+        total += count
+    return total
+
+
+@cache
+def _row(backbone: "Backbone", in_chans: int, unit: int, shape: torch.Size, downsample: bool) -> tuple[int, torch.Size]:
+    """Multiply-accumulates of one unit on a map of this shape, and the shape of what it makes of it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x = _network(backbone, in_chans).forward_unit(torch.empty(shape, device="meta"), unit, downsample)
+    return counter.get_total_flops() // 2, x.shape
+
+
+@cache
+def _network(backbone: "Backbone", in_chans: int) -> Any:
+    return backbone.create(num_classes=0, in_chans=in_chans, device="meta")
