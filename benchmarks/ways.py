@@ -80,9 +80,10 @@ class Ways:
         images = self.weight if split == "weight" else self.score
         if way.device_augmentation:
             augment = Augmentation(self.config.crop_padding, self.config.flip)
-            for step, (pixels, labels) in enumerate(images.batches(order)):
+            crops = augment.draw(len(order), self.config.batch_size, random_stream(0, AUGMENT))
+            for drawn, (pixels, labels) in zip(crops, images.batches(order), strict=True):
                 if split == "weight":
-                    pixels = augment(pixels, random_stream(0, AUGMENT, step))
+                    pixels = augment(pixels, drawn)
                 yield normalise(pixels, self.data.mean, self.data.std), labels
         else:
             transform = self.train_transform if split == "weight" else self.score_transform

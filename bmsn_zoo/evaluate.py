@@ -40,9 +40,8 @@ def evaluate(
     order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
     order = order[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
-    for pixels, labels in images.batches(order):
-        logits = model(normalise(pixels.to(accelerator.device), mean, std)).float()
-        labels = labels.to(accelerator.device)
+    for pixels, labels in images.batches(order, accelerator.device):
+        logits = model(normalise(pixels, mean, std)).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
     correct, loss = accelerator.reduce(sums, "sum").tolist()

@@ -32,6 +32,7 @@ from .data import (
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
 )
 from .errors import InputError
 from .models import PoolingResNet
@@ -127,9 +128,14 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     space.backbone.check(space.default_layout, source.image_size)
     with PartialState().local_main_process_first():
         data = source.train()
+    if accelerator.is_main_process:
+        _log.info(source.summary())
     labels = data.images.labels.numpy()
-    weight_rows, score_rows = stratified_split(labels, 0.5, config.seed, "a weight split and a score split")
-    weight_split, score_split = data.images.select(weight_rows), data.images.select(score_rows)
+    weight_rows, score_rows = stratified_split(
+        labels, 0.5, config.seed, "a weight split and a score split", data.label_names
+    )
+    images = data.images.near(device)
+    weight_split, score_split = images.select(weight_rows), images.select(score_rows)
     steps = _steps_per_epoch(min(len(weight_split), len(score_split)), config, share)
     total_steps = steps * config.epochs
 
@@ -161,12 +167,19 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         score_order = shuffled_batches(
             len(score_split), config.batch_size, random_stream(config.seed, SCORE_ORDER, epoch), share.shard
         )[turn]
-        batches = zip(range(steps)[turn], weight_split.batches(order), score_split.batches(score_order), strict=True)
+        crops = augment.draw(steps, config.batch_size, random_stream(config.seed, AUGMENT, epoch), share.shard)
+        batches = zip(
+            range(steps)[turn],
+            to_device(crops[turn], device),
+            weight_split.batches(order, device),
+            score_split.batches(score_order, device),
+            strict=True,
+        )
         bar = runtime.progress_bar(batches, len(order), f"epoch {epoch + 1}/{config.epochs}")
         losses, accuracies, draws = [], [], [0] * config.mixture_size
         on_the_way: deque[_OnTheWay] = deque()
 
-        for done, (index, (images, labels), (score_images, score_labels)) in enumerate(bar, 1):
+        for done, (index, drawn, (images, labels), (score_images, score_labels)) in enumerate(bar, 1):
             step = epoch * steps + index
             progress = step / max(1, total_steps - 1)
             draw = strategy.draw(step, progress, share.owned)
@@ -174,17 +187,15 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
             supernet.set_layout(space[draw.layout])
             set_learning_rate(optimizer, learning_rate(config, steps, step))
 
-            images = images.to(device, non_blocking=True)
-            images = augment(images, random_stream(config.seed, AUGMENT, step), share.shard)
-            logits = network(normalise(images, data.mean, data.std))
-            loss = nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True))
+            logits = network(normalise(augment(images, drawn), data.mean, data.std))
+            loss = nn.functional.cross_entropy(logits, labels)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
 
             with torch.no_grad():
-                score_images = normalise(score_images.to(device, non_blocking=True), data.mean, data.std)
-                correct = supernet(score_images).argmax(1) == score_labels.to(device, non_blocking=True)
+                score_images = normalise(score_images, data.mean, data.std)
+                correct = supernet(score_images).argmax(1) == score_labels
                 values = torch.stack([loss.detach(), correct.float().mean()])
                 if not share.alone:
                     values = accelerator.reduce(values, "mean")
@@ -319,10 +330,10 @@ def _evaluate_all(
     correct = torch.zeros(len(space), len(mixture), dtype=torch.int64, device=device)
     order = even_batches(len(images), batch_size, random_stream(seed, SCORE_ORDER))[share.shard[0] :: share.shard[1]]
     with accelerator.autocast():
-        for pixels, labels in runtime.progress_bar(images.batches(order), len(order), "evaluating all layouts"):
-            inputs = normalise(pixels.to(device, non_blocking=True), data.mean, data.std)
+        for pixels, labels in runtime.progress_bar(images.batches(order, device), len(order), "evaluating all layouts"):
+            inputs = normalise(pixels, data.mean, data.std)
             for m in share.owned:
-                correct[:, m] += count_correct(mixture.supernets[m], space, inputs, labels.to(device))
+                correct[:, m] += count_correct(mixture.supernets[m], space, inputs, labels)
     return accelerator.reduce(correct, "sum").cpu().double() / len(images)
 
 

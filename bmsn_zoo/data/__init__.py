@@ -12,6 +12,7 @@ from .batches import (
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
 )
 from .pixels import channel_statistics, to_pixels
 from .sources import DataSource, ImageData
@@ -31,5 +32,6 @@ __all__ = [
     "random_stream",
     "shuffled_batches",
     "stratified_split",
+    "to_device",
     "to_pixels",
 ]
