@@ -26,7 +26,7 @@ from bmsn_zoo.data import (
 )
 from bmsn_zoo.layout import Layout
 from bmsn_zoo.search_space import SearchSpace
-from bmsn_zoo.strategies import BalancedMixture
+from bmsn_zoo.strategies import create_strategy
 from bmsn_zoo.supernet import Mixture, count_correct
 
 
@@ -94,7 +94,7 @@ class Ways:
     def steps(self, way: Way, count: int, layout: Layout | None = None) -> float:
         """Seconds of a search step, the mean over some; of one layout if it is given."""
         mixture, optimizers = self.mixture(way)
-        strategy = BalancedMixture(len(self.space), self.config.mixture_size, 100.0, 0.9, self.config.seed)
+        strategy = create_strategy(len(self.space), self.config)
         size = self.config.batch_size
         orders = [
             (shuffled_batches(len(images), size, random_stream(0, purpose)) * count)[:count]

@@ -1,8 +1,9 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,22 @@ _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 as it is written, for what is recorded: NVIDIA's newer GPUs would round its factors to TF32's 10 bits."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @torch.no_grad()
+@full_float32()
 def evaluate(
     model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float], accelerator: Accelerator
 ) -> dict[str, float]:

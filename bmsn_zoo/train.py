@@ -174,23 +174,23 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
             # each process has normalised by its own shards; what is measured and saved is one network
             for each in (model, final):
                 distribute_bn(each, shard[1], reduce=True)
-        held: dict[str, float] = {}
+        measured: dict[str, float] = {}
         if holdout is not None:
             with accelerator.autocast():
-                held = evaluate(final, holdout, data.mean, data.std, accelerator)
+                measured = evaluate(final, holdout, data.mean, data.std, accelerator)
         if accelerator.is_main_process:
             row = {
                 "epoch": epoch + 1,
                 "loss": float(sums[0]),
                 "train_accuracy": float(sums[1]),
-                "holdout_accuracy": held.get("accuracy"),
-                "holdout_loss": held.get("loss"),
+                "holdout_accuracy": measured.get("accuracy"),
+                "holdout_loss": measured.get("loss"),
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started, 2),
             }
             folder.log(row)
             folder.touch()
-            held_text = f", held-out accuracy {100 * held['accuracy']:.2f} %" if held else ""
+            held_text = f", held-out accuracy {100 * measured['accuracy']:.2f} %" if measured else ""
             _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
                       row["seconds"])  # fmt: skip
         _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)

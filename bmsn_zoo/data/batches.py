@@ -41,6 +41,22 @@ def stratified_split(
     return np.sort(first), np.sort(second)
 
 
+def check_batch_size(batch_size: int, processes: int, multiple: int = 1) -> None:
+    """Check that every process gets the same number of a batch's images, two or more, in multiples of `multiple`.
+
+    Raises:
+        InputError: otherwise; it names the nearest sizes that do.
+    """
+    part = multiple * processes
+    below, least = batch_size // part * part, max(2, multiple) * processes
+    if batch_size != below or batch_size < least:
+        fitting = sorted({max(size, least) for size in (below, below + part)})
+        raise InputError(
+            f"batch-size {batch_size} cannot be shared evenly by {processes} processes: "
+            f"use {' or '.join(map(str, fitting))}"
+        )
+
+
 def shuffled_batches(
     count: int, batch_size: int, rng: np.random.Generator, shard: tuple[int, int] = (0, 1)
 ) -> list[np.ndarray]:
