@@ -204,7 +204,7 @@ def _walk(path: Path) -> tuple[list[Path], list[Path]]:
     images, metadata, known = [], [], frozenset(ImageFolder.EXTENSIONS)
     for base, folders, names in os.walk(path, followlinks=True):
         home = Path(base)
-        above = {home.resolve(), *home.resolve().parents}  # links back up would never end
+        above = {folder.resolve() for folder in (home, *home.parents)}  # links back up would never end
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (home / f).resolve() not in above)
         for name in sorted(names):
             stem, suffix = os.path.splitext(name.lower())
