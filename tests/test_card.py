@@ -2,20 +2,28 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import timm
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import Layout
-from bmsn_zoo.card import portable, search_card, write_card
+from bmsn_zoo.card import SOME_NAME, portable, ranked_rows, search_card, standard_error, write_card
+from bmsn_zoo.config import shipped_folder
+from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
+from bmsn_zoo.model_folder import load_model, save_model
+from bmsn_zoo.report import search_table
 from bmsn_zoo.results import SearchResult, TrainResult
 
 pytestmark = pytest.mark.timeout(120)
+ZOO = shipped_folder("hub_configs")
+SHIPPED = sorted(file.parent.name for file in ZOO.glob("*/config.json"))
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -70,8 +78,12 @@ def test_origin_and_training_are_told(runs):
     text = (runs.zoo / FOUND / "README.md").read_text()
     metrics, search = (json.loads((runs.zoo / FOUND / name).read_text()) for name in ("metrics.json", "search.json"))
     assert "Ranked 1 of 36 by a balanced mixture of 2 supernets (1 epoch in all, seed 0, n = 1 search)" in text
-    assert f"{100 * search['best']['accuracy']:.2f} % in the search on 32 training images" in text
+    best = search["best"]["accuracy"]
+    error = 100 * standard_error(best, 32)
+    assert f"{100 * best:.2f} % (standard error {error:.2f} points) in the search on 32 training images" in text
     assert f"accelerate launch train.py --from-search bmsn-zoo/{FOUND}\n" in text
+    error = 100 * standard_error(metrics["test_accuracy"], 32)
+    assert f"leaves a standard error of {error:.2f} points" in text
     assert "1 epoch, seed 0, 64 training images." in text
     assert metrics["hardware"] in text
     assert f"torch {metrics['versions']['torch']}" in text
@@ -120,7 +132,7 @@ def test_data_sets_are_named_by_the_hub(dataset, dataset_id, shown, listed, said
     assert dataset in shown or dataset not in card.content
 
 
-def test_portable_records_name_no_folder_and_stay_as_they_are(record):
+def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
     before = copy.deepcopy(record)
 
     def treated(**changed):
@@ -143,11 +155,12 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record):
         key: before[key] for key in before if key not in ("segments", "settings", "dataset")
     }
     assert treated(recipe="/home/me/mine.yaml")["recipe"] == "mine.yaml"
-    record["settings"].update(from_search=f"me/found@{SHA}", init_from="/home/me/runs/old")
-    settings = treated()["settings"]
-    assert (settings["from_search"], settings["init_from"]) == (f"me/found@{SHA}", "old")
-    record["settings"]["init_from"] = f"me/found@{SHA}"
-    assert treated()["settings"]["init_from"] == f"me/found@{SHA}"
+    record["settings"]["from_search"] = f"me/found@{SHA}"
+    assert treated()["settings"]["from_search"] == f"me/found@{SHA}"
+    search = SearchResult.read(runs.search / "search.json")
+    for given, kept in (("/home/me/runs/old", "old"), (f"me/found@{SHA}", f"me/found@{SHA}")):
+        started = search.model_copy(update={"settings": {**search.settings, "init_from": given}})
+        assert portable(started).settings["init_from"] == kept
     for command in ([], ["-c"], ["/usr/lib/ipykernel_launcher.py", "-f", "/home/me/k.json"]):
         record["segments"][0]["command"] = command
         assert "/home" not in json.dumps(treated()["segments"][0]["command"])
@@ -161,8 +174,12 @@ def test_search_card(runs):
     assert "neural-architecture-search" in card.data.tags
     rows = table(text, "Ranking")
     expected = [entry.layout for entry in result.ranking]
-    assert [row[1].removesuffix(" (default)") for row in rows[:10]] == expected[:10]
-    assert sum(row[1] == "4-3-3 (default)" for row in rows) == 1
+    assert [row[1].split(" ")[0] for row in rows[:10]] == expected[:10]
+    assert (
+        sum("(default" in row[1] for row in rows)
+        == sum("best within the default's MACs" in row[1] for row in rows)
+        == 1
+    )
     assert "accelerate launch -m bmsn_zoo.train --from-search me/search " in text
     assert "accelerate launch -m bmsn_zoo.search --lr 0.05 --dataset compass\n" in text
     assert str(runs.base) not in text
@@ -187,3 +204,151 @@ def test_timms_transform_prepares_upright_opaque_images_to_the_pixel_as_training
         expected = transform(image).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(to_pixels(image, size, chans), expected, f"{width}x{height} to {size}")
     assert to_pixels(Image.new("RGB", (3, 60_000)), 200, 3).shape == (200, 200, 3), "a strip takes no memory"
+
+
+# the snippets of all cards, as text, on images that only the one rule treats well
+
+
+def jpeg_turned(image, path):
+    """Lies on its side; EXIF data says so."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image.convert("RGB").save(path, "JPEG", exif=exif)
+
+
+def png_transparent(image, path):
+    """Half of it is half transparent, above black."""
+    image.convert("RGBA").save(path, "PNG")
+
+
+def palette_transparent(image, path):
+    image.convert("RGB").quantize(16).save(path, "PNG", transparency=3)
+
+
+def cmyk_wide(image, path):
+    image.convert("RGB").convert("CMYK").save(path, "JPEG")
+
+
+def gray_tall(image, path):
+    image.convert("RGB").convert("L").transpose(Image.Transpose.ROTATE_90).save(path, "PNG")
+
+
+@pytest.fixture(scope="module")
+def gray_folder(runs, tmp_path_factory):
+    """A model of gray images of another size, as a training leaves it."""
+    result = TrainResult.read(runs.default / "metrics.json")
+    data = result.dataset.model_copy(update={"in_chans": 1, "image_size": 12, "mean": [0.4], "std": [0.2]})
+    cfg = {"input_size": (1, 12, 12), "pool_size": (3, 3), "mean": (0.4,), "std": (0.2,), "num_classes": 4}
+    model = timm.create_model("bmsn_resnet20", in_chans=1, num_classes=4, pretrained_cfg_overlay=cfg).eval()
+    folder = tmp_path_factory.mktemp("gray") / "model"
+    count = sum(p.numel() for p in model.parameters())
+    save_model(
+        folder, model, data.label_names, result.model_copy(update={"dataset": data, "parameters": count}), None, True
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, FOUND, DEFAULT, "own", "gray"])
+def test_every_snippet_gives_the_logits_of_evaluate(name, request, runs, tmp_path, monkeypatch):
+    if name == "gray":
+        folder = request.getfixturevalue("gray_folder")
+    else:
+        folder = runs.found / "model" if name == "own" else (ZOO if name in SHIPPED else runs.zoo) / name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    snippets = [block.split("```")[0] for block in card.split("```python\n")[1:]]
+    assert len(snippets) == 2
+    shutil.copy(folder / "model.onnx", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = load_model(folder)
+    cfg = model.pretrained_cfg
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (45, 70, 4)).astype(np.uint8)
+    pixels[..., 3] = np.where(np.arange(70) < 35, 128, 255)
+    for save in (jpeg_turned, png_transparent, palette_transparent, cmyk_wide, gray_tall):
+        save(Image.fromarray(pixels), "image.png")
+        with Image.open("image.png") as image:
+            prepared = to_pixels(image, cfg["input_size"][-1], cfg["input_size"][0])
+        inputs = normalise(torch.from_numpy(prepared.copy())[None], cfg["mean"], cfg["std"])
+        expected = model(inputs).detach().numpy()
+        for snippet in snippets:
+            names = {}
+            exec(snippet.replace(f"hf-hub:{SOME_NAME}", f"local-dir:{folder}"), names)
+            found = np.asarray(names["logits"].detach() if torch.is_tensor(names["logits"]) else names["logits"])
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=save.__name__
+            )
+
+
+def test_the_snippet_of_a_search_runs(runs):
+    text = search_card(portable(SearchResult.read(runs.search / "search.json")), str(runs.search))
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert len(names["result"].ranking) == 36
+
+
+# what a card must not say
+
+
+def told(runs, tmp_path, layout, pick):
+    """The card of a training whose layout was picked so from the search."""
+    folder = shutil.copytree(runs.zoo / FOUND, tmp_path / "model")
+    result = TrainResult.read(folder / "metrics.json")
+    settings = {**result.settings, "pick": pick, "layout": layout}
+    result.model_copy(update={"layout": layout, "settings": settings}).write(folder / "metrics.json")
+    write_card(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_layout_taken_by_hand_was_not_found(runs, tmp_path):
+    search = SearchResult.read(runs.search / "search.json")
+    last = search.ranking[-1].layout
+    for layout, pick, expected in (
+        ("4-3-3", "4-3-3", "It is the layout of the original network, to compare others with. A search ranked it "),
+        ("4-3-3", "default", "It is the layout of the original network, to compare others with. A search ranked it "),
+        (last, last, "It was chosen by hand, not by a search. A search ranked it 36 of 36 by a balanced mixture"),
+        (search.best.layout, "best", "\n\nRanked 1 of 36 by"),
+    ):
+        text = told(runs, tmp_path / layout / pick, layout, pick)
+        assert expected in text
+        assert ("\n\nRanked" in text) == expected.startswith("\n")
+    within = search.best_within_default_macs.layout
+    text = told(runs, tmp_path / "within", within, "best_within_default_macs")
+    assert ", the first that costs no more than the default" in text or within == search.best.layout
+
+
+def test_the_spread_that_a_card_names_is_that_of_its_test_set():
+    assert standard_error(0.9, 10_000) == pytest.approx(0.003, rel=1e-3)
+    assert standard_error(0.9, 100) == pytest.approx(0.03, rel=0.06)
+    assert 0 < standard_error(1.0, 16) < 0.07
+    assert 0 < standard_error(0.0, 16) < 0.07
+
+
+def test_a_card_says_nothing_of_the_hub_before_a_push(runs):
+    for folder in (runs.zoo / FOUND, runs.found / "model", *(ZOO / name for name in SHIPPED)):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "is the same, from the Hub" not in text
+        assert "tenths of a point" not in text
+
+
+def test_every_layout_is_listed_once_and_labelled(runs):
+    search = SearchResult.read(runs.search / "search.json")
+    order = [entry.layout for entry in search.ranking]
+    for default, within in ((0, 0), (0, 3), (2, 1), (30, 20), (8, 8)):
+        changed = search.model_copy(
+            update={"default": search.ranking[default], "best_within_default_macs": search.ranking[within]}
+        )
+        rows = list(ranked_rows(changed, 5))
+        assert [entry.layout for _, entry, _ in rows] == [order[i] for i in sorted({*range(5), default, within})]
+        assert [place for place, _, note in rows if "default" in note.split(", ")] == [default + 1]
+        assert [place for place, _, note in rows if "best within the default's MACs" in note] == [within + 1]
+        assert search_table(changed).split("Pareto")[0].count("\n") == 1 + len(rows)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_card_is_what_its_records_give(name, tmp_path):
+    """No number in it was typed: writing it again from metrics.json and search.json gives the same bytes."""
+    folder = shutil.copytree(ZOO / name, tmp_path / name)
+    default = ZOO / f"{name}_default"
+    compared = TrainResult.read(default / "metrics.json") if default.is_dir() else None
+    write_card(folder, f"bmsn-zoo/{name}", compared, name)
+    assert (folder / "README.md").read_bytes() == (ZOO / name / "README.md").read_bytes()

@@ -68,9 +68,10 @@ print(json.dumps([
 """
 
 PULL = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, shutil, sys
 import torch, timm, bmsn_zoo
 from bmsn_zoo import hub
+from huggingface_hub import hf_hub_download
 from bmsn_zoo.models.found import register_folder
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -108,11 +109,12 @@ said["pin"] = hub.pin("hf-hub:alice/search")
 save_file({key: value.detach().contiguous() for key, value in out.items()}, output)
 
 # the card's own snippets
+shutil.copy(hf_hub_download("zoo/" + names[0], "model.onnx"), "model.onnx")
 snippets = []
-for block in (Path(zoo) / names[0] / "README.md").read_text().split("```python\\n")[1:]:
+for block in Path(hf_hub_download("alice/net", "README.md")).read_text().split("```python\\n")[1:]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(block.split("```")[0].replace("bmsn-zoo/", "zoo/"), {})
+        exec(block.split("```")[0], {})
     snippets.append(printed.getvalue().strip())
 said["snippets"] = snippets
 print(json.dumps(said))

@@ -76,7 +76,9 @@ def command(site, tmp_path, monkeypatch):
 
 def test_the_wheel_holds_every_module_recipe_and_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {file.relative_to(ROOT).as_posix() for file in (ROOT / "bmsn_zoo").rglob("*.py")}
+    ours = {
+        file.relative_to(ROOT).as_posix() for file in (ROOT / "bmsn_zoo").rglob("*.*") if file.suffix in (".py", ".j2")
+    }
     data = {
         f"bmsn_zoo/{file.relative_to(ROOT).as_posix()}"
         for folder in ("recipes", "hub_configs")
