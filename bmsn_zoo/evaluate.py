@@ -1,9 +1,8 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from . import runtime
+from .card import percent
 from .command import run_command
 from .config import Parser, TrainConfig, build_config, shipped_folder, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
@@ -24,22 +24,7 @@ _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 as it is written, for what is recorded: NVIDIA's newer GPUs would round its factors to TF32's 10 bits."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
-
-
 @torch.no_grad()
-@full_float32()
 def evaluate(
     model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float], accelerator: Accelerator
 ) -> dict[str, float]:
@@ -56,8 +41,9 @@ def evaluate(
     order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
     order = order[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
-    for pixels, labels in images.batches(order, accelerator.device):
-        logits = model(normalise(pixels, mean, std)).float()
+    for pixels, labels in images.batches(order):
+        logits = model(normalise(pixels.to(accelerator.device), mean, std)).float()
+        labels = labels.to(accelerator.device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
     correct, loss = accelerator.reduce(sums, "sum").tolist()
@@ -68,7 +54,7 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     """Measure a published accuracy again, in float32, on the test images that its metrics.json names.
 
     Args:
-        name: a model of the zoo, or a model folder.
+        name: a model of the zoo, a model folder, or the run folder of a training.
         dataset: where its data set is, if not where it was trained from: a Hub id, or a local folder.
 
     Returns:
@@ -77,10 +63,11 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     Raises:
         InputError: if there is no such model, or its data set cannot be read.
     """
-    zoo = shipped_folder("hub_configs") / name
-    known = timm.is_model(name) and zoo.is_dir()
-    folder = zoo if known else Path(name)
-    model = timm.create_model(name, pretrained=True) if known else load_model(folder)
+    zoo, folder = shipped_folder("hub_configs") / name, Path(name)
+    folder = (
+        zoo if timm.is_model(name) and zoo.is_dir() else folder / "model" if (folder / "model").is_dir() else folder
+    )
+    model = load_model(folder)
     result = TrainResult.read(folder / "metrics.json")
     settings = {**with_reachable_data(result.settings), "limit": None, "mixed_precision": "no"}
     settings["dataset"] = dataset or settings["dataset"]
@@ -90,8 +77,12 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     if test.fingerprint != result.dataset.test_fingerprint:
         _log.warning("%s: these are not the test images that it was measured on", name)
     cfg: Any = model.pretrained_cfg
-    if len(test.label_names) != model.num_classes:
-        raise InputError(f"{name} knows {model.num_classes} classes, {config.dataset} has {len(test.label_names)}")
+    known, found = result.dataset.label_names, test.label_names
+    if len(known) != len(found):
+        raise InputError(f"{name} knows {len(known)} classes, {config.dataset} has {len(found)}")
+    for index, (ours, theirs) in enumerate(zip(known, found, strict=True)):
+        if ours != theirs:
+            raise InputError(f"{name} knows class {index} as {ours!r}, {config.dataset} as {theirs!r}: rename it there")
     measured = evaluate(model.to(accelerator.device), test.images, cfg["mean"], cfg["std"], accelerator)
     return {"accuracy": measured["accuracy"], "recorded": result.test_accuracy, "images": len(test.images)}
 
@@ -99,15 +90,15 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = Parser(prog="python -m bmsn_zoo.evaluate", description=__doc__)
-    parser.add_argument("model", help="a model of the zoo, or a model folder")
+    parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
     parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
 
     def run() -> None:
         given = parser.parse_args(argv)
         found = measure(given.model, given.dataset)
         sys.stdout.write(
-            f"{given.model}: {found['accuracy']:.2%} of {found['images']} test images are classified correctly, "
-            f"{found['recorded']:.2%} by its record\n"
+            f"{given.model}: {percent(found['accuracy'])} of {found['images']} test images are classified correctly, "
+            f"{percent(found['recorded'])} by its record\n"
         )
 
     return run_command(run)

@@ -46,6 +46,18 @@ def read_bytes(path: Path, shown: str = "", most: int = _MOST_BYTES) -> bytes:
         raise InputError(f"{shown or path} cannot be read: {first_line(error)}") from None
 
 
+def read_text(path: Path) -> str:
+    """Read text.
+
+    Raises:
+        InputError: if the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {first_line(error)}") from None
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:

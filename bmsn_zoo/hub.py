@@ -29,7 +29,8 @@ from .card import SOME_NAME, portable, search_card
 from .client import one_line
 from .config import Parser, add_push_flags, shipped_folder
 from .errors import InputError, first_line
-from .model_folder import MODEL_FILES, add, load_model
+from .files import read_text
+from .model_folder import MODEL_FILES, add, check_weights, load_model
 from .results import SearchResult
 
 _log = logging.getLogger(__name__)
@@ -117,10 +118,13 @@ def load_supernets(name: str) -> tuple[SearchResult, dict[str, Tensor]]:
         InputError: if there are none.
     """
     path, weights = fetch(name, "search.json", "supernets.safetensors")
+    result = SearchResult.read(path, f"{name}: search.json")
     try:
-        return SearchResult.read(path, f"{name}: search.json"), load_file(weights)
-    except SafetensorError as error:
+        supernets = load_file(weights)
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{name}: supernets.safetensors is damaged: {first_line(error)}") from None
+    check_weights(supernets, {}, f"{name}: supernets.safetensors")
+    return result, supernets
 
 
 # push
@@ -224,7 +228,7 @@ def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[st
     if (folder / "config.json").is_file():
         model = load_model(folder)
         files: dict[str, bytes | Path] = {name: folder / name for name in MODEL_FILES if (folder / name).is_file()}
-        files["README.md"] = (folder / "README.md").read_text().replace(SOME_NAME, repo_id).encode()
+        files["README.md"] = read_text(folder / "README.md").replace(SOME_NAME, repo_id).encode()
         return f"{model.pretrained_cfg['architecture']} {model.layout}", MODEL_FILES, files  # type: ignore[index]
     if not (folder / "search.json").is_file():
         raise InputError(f"{folder} holds neither a model (config.json) nor a finished search (search.json)")

@@ -3,16 +3,18 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
+from torch import Tensor
 
 from .card import portable, write_card
-from .config import shipped_folder
+from .config import TrainConfig, shipped_folder
 from .errors import InputError, first_line
-from .export import export_onnx
+from .export import export_onnx, preparation, require_onnx
 from .files import read_json, sha256, write_json
 from .models import PoolingResNet
 from .models.found import HUB_ORG
@@ -28,6 +30,10 @@ MODEL_FILES = (
     "model.safetensors",
     "search.json",
 )
+# what may differ between models that are compared: what is compared, and where the data lay, whose fingerprints count
+_DATA = {"fingerprint", "test_fingerprint", "image_size"}
+_FREE = {"layout", "seed", "from_search", "pick", "dataset", "dataset_id", "dataset_config", "dataset_revision"}
+_FREE |= {"image_column", "label_column", "train_split", "test_split"}
 
 
 def save_model(
@@ -53,7 +59,10 @@ def save_model(
     save_for_hf(
         model,
         str(folder),
-        model_config={"label_names": label_names},
+        model_config={
+            "label_names": label_names,
+            "preprocessing": preparation(metrics.dataset.in_chans, metrics.dataset.image_size),
+        },
         model_args={"layout": model.layout},
         safe_serialization=True,
     )
@@ -71,26 +80,50 @@ def load_model(folder: Path) -> PoolingResNet:
     """Load a model folder as timm does, in evaluation mode, and check that its files agree.
 
     Raises:
-        InputError: if timm cannot load it, or config.json, metrics.json and the weights differ.
+        InputError: if timm cannot load it, config.json, metrics.json and the weights differ, or the weights are not
+            those that were saved.
     """
     for name in ("config.json", "metrics.json", "model.safetensors", "README.md"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is no model folder: {name} is missing")
-    metrics = TrainResult.read(folder / "metrics.json")
-    if sha256(folder / "model.safetensors") != metrics.weights_sha256:
+    metrics, data = TrainResult.read(folder / "metrics.json"), folder / "model.safetensors"
+    if sha256(data) != metrics.weights_sha256:
         raise InputError(f"{folder}: model.safetensors is damaged: its checksum is not that in metrics.json")
     try:
-        model = timm.create_model(f"local-dir:{folder}").eval()
-        model.load_state_dict(load_file(folder / "model.safetensors"))  # never another file, as timm might
+        model, weights = timm.create_model(f"local-dir:{folder}").eval(), load_file(data)
+        model.load_state_dict(weights)  # never another file, as timm might
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, PoolingResNet):
         raise InputError(f"{folder} holds a {type(model).__name__}, which is none of our models")
-    if metrics.layout != model.layout:
-        raise InputError(f"{folder}: the weights have the layout {model.layout}, which metrics.json does not")
-    if metrics.parameters != sum(p.numel() for p in model.parameters()):
-        raise InputError(f"{folder}: the weights have other parameters than metrics.json counts")
+    check_weights(weights, model.state_dict(), str(data))
+    cfg: Any = model.pretrained_cfg
+    record = metrics.dataset
+    size = [record.in_chans, record.image_size, record.image_size]
+    for what, found, recorded in (
+        ("layout", model.layout, metrics.layout),
+        ("number of parameters", sum(p.numel() for p in model.parameters()), metrics.parameters),
+        ("input_size", list(cfg["input_size"]), size),
+        ("mean", list(cfg["mean"]), record.mean),
+        ("std", list(cfg["std"]), record.std),
+        ("label_names", list(cfg.get("label_names") or ()), record.label_names),
+    ):
+        if found != recorded:
+            raise InputError(f"{folder}: the model has another {what} than metrics.json says: restore both files")
     return model
+
+
+def check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    """Refuse weights that no run of ours saves.
+
+    Raises:
+        InputError: if a tensor is of another type than the network's `own`, or holds a number that is not finite.
+    """
+    for key, tensor in weights.items():
+        if key in own and tensor.dtype != own[key].dtype and not key.endswith("layout_units"):
+            raise InputError(f"{name}: {key} is {tensor.dtype}, not {own[key].dtype}: save it as it was trained")
+        if not tensor.isfinite().all():
+            raise InputError(f"{name}: {key} holds numbers that are not finite: train it again")
 
 
 def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None = None) -> Path:
@@ -114,6 +147,7 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
         raise InputError(f"name {name!r} does not start with bmsn_, or has more than small letters, digits and _")
     if folder.exists() or timm.is_model(name):
         raise InputError(f"{name} exists already: remove {folder} first, or choose another name")
+    require_onnx()
     model, metrics = load_model(source), TrainResult.read(source / "metrics.json")
     compared = _comparable(metrics, zoo / default) if default else None
 
@@ -139,13 +173,13 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
 
 
 def _comparable(metrics: TrainResult, default: Path) -> TrainResult:
-    """Metrics of the default model, if it was trained as the other was: same data, same settings but the layout."""
+    """Result of the default model, if it was trained as the other was: same data, same settings but layout and seed."""
     other = TrainResult.read(default / "metrics.json")
-    names = ["epochs", "batch_size", "opt", "lr", "min_lr", "sched", "warmup_epochs", "momentum", "weight_decay"]
-    names += ["label_smoothing", "mixup", "cutmix", "ema_decay", "drop_rate", "flip", "alternate_flip", "crop_padding"]
-    differing = [name for name in names if metrics.settings.get(name) != other.settings.get(name)]
-    names = ["fingerprint", "test_fingerprint"]
-    differing += [name for name in names if getattr(metrics.dataset, name) != getattr(other.dataset, name)]
+    mine, theirs = (
+        {**TrainConfig().settings(), **result.settings, **result.dataset.model_dump(include=_DATA)}
+        for result in (metrics, other)
+    )
+    differing = [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
     if differing:
         raise InputError(f"{default.name} is not comparable: it was trained with another {', '.join(differing)}")
     return other

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 from small_runs import run
 
@@ -27,10 +28,11 @@ def test_a_model_of_the_zoo_is_as_accurate_as_its_card_says(folder):
 
 def test_the_command(runs, image_folder, capsys):
     recorded = json.loads((runs.found / "model" / "metrics.json").read_text())
-    assert run(evaluate, runs.found / "model", "--dataset", image_folder) == 0
-    accuracy = f"{recorded['test_accuracy']:.2%}"
+    accuracy = f"{100 * recorded['test_accuracy']:.2f} %"
     expected = f"{accuracy} of {recorded['test_images']} test images are classified correctly, {accuracy} by its record"
-    assert expected in capsys.readouterr().out
+    for folder in (runs.found / "model", runs.found):
+        assert run(evaluate, folder, "--dataset", image_folder) == 0
+        assert capsys.readouterr().out == f"{folder}: {expected}\n"
 
 
 def test_other_weights_are_measured_as_they_are(runs, image_folder, tmp_path):
@@ -52,14 +54,11 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_other_classes_are_refused(image_folder, capsys):
-    assert (
-        run(
-            evaluate,
-            SHIPPED[0].name,
-            "--dataset",
-            image_folder,
-        )
-        == 2
-    )
-    assert "classes" in capsys.readouterr().err
+def test_other_classes_are_refused(image_dataset, image_folder, runs, tmp_path, capsys):
+    assert run(evaluate, SHIPPED[0].name, "--dataset", image_folder) == 2
+    assert "knows 10 classes" in capsys.readouterr().err
+    names = ["north", "west", "south", "east"]
+    renamed = image_dataset.cast_column("label", datasets.ClassLabel(names=names))
+    renamed.save_to_disk(tmp_path / "renamed")
+    assert run(evaluate, runs.found, "--dataset", tmp_path / "renamed") == 2
+    assert "knows class 1 as 'east'" in capsys.readouterr().err

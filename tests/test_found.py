@@ -3,25 +3,19 @@
 import io
 import json
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
 from closeness import close
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import load_file
 from small_runs import DEFAULT, FOUND
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from bmsn_zoo import InputError, Layout
 from bmsn_zoo.config import shipped_folder
-from bmsn_zoo.export import export_onnx, require_onnx
 from bmsn_zoo.model_folder import MODEL_FILES, load_model
 from bmsn_zoo.models.found import _register_all, register_folder
 
@@ -196,95 +190,3 @@ def test_a_folder_is_whole_and_says_nothing_of_its_machine(name, folder, runs):
         text = (folder / file).read_text() if file in present else ""
         assert "/tmp/" not in text
         assert "../" not in text
-
-
-@each_model
-def test_onnx_gives_the_same_logits(name, folder):
-    model = timm.create_model(name, pretrained=True).eval()
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        x = images(model, batch)
-        (logits,) = session.run(["logits"], {"images": x.numpy()})
-        close(logits, model(x))
-    about, cfg = session.get_modelmeta().custom_metadata_map, model.pretrained_cfg
-    assert about["layout"] == model.layout
-    for key in ("mean", "std", "input_size", "label_names"):
-        assert json.loads(about[key]) == list(cfg[key])
-    # preparing an image by these metadata is what timm's transform does
-    side, mode = cfg["input_size"][-1], "RGB" if cfg["input_size"][0] == 3 else "L"
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8)).convert(mode)
-    pixels = np.asarray(image).reshape(side, side, -1) / 255
-    inputs = ((pixels - json.loads(about["mean"])) / json.loads(about["std"])).transpose(2, 0, 1)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    close(inputs, transform(image))
-
-
-def test_onnx_has_the_same_bytes_every_time(runs):
-    files = [folder / "model.onnx" for folder in (runs.zoo / FOUND, runs.found / "model")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    onnx.checker.check_model(files[0], full_check=True)
-
-
-def test_onnx_of_gray_images(tmp_path):
-    export_onnx(
-        timm.create_model("bmsn_resnet20", in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)}),
-        tmp_path / "gray.onnx",
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "gray.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
-    assert "gray" in session.get_modelmeta().custom_metadata_map["images"]
-
-
-def test_onnx_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match=r"pip install 'bmsn_zoo\[onnx\]'"):
-        require_onnx()
-
-
-# adding to the zoo
-
-
-def test_add_refuses_what_would_mislead(runs, tmp_path):
-    from bmsn_zoo.hub import add
-
-    before = {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()}
-    for name, message in ((FOUND, "exists already"), ("resnet20", "does not start with bmsn_"), ("bmsn_../x", "small")):
-        with pytest.raises(InputError, match=message):
-            add(runs.found, name, zoo=runs.zoo)
-    with pytest.raises(InputError, match="exists already"):
-        add(runs.found, "bmsn_resnet20", zoo=runs.zoo)
-    with pytest.raises(InputError, match=r"is no model folder: config.json is missing"):
-        add(tmp_path, "bmsn_resnet20_new", zoo=runs.zoo)
-    other = tmp_path / "other"
-    other.mkdir()
-    metrics = json.loads((runs.zoo / DEFAULT / "metrics.json").read_text())
-    metrics["settings"]["epochs"], metrics["dataset"]["test_fingerprint"] = 2, "another"
-    (other / "metrics.json").write_text(json.dumps(metrics))
-    (runs.zoo / "other").symlink_to(other)
-    try:
-        with pytest.raises(InputError, match="other is not comparable: it was trained with another epochs, test_"):
-            add(runs.found, "bmsn_resnet20_new", default="other", zoo=runs.zoo)
-    finally:
-        (runs.zoo / "other").unlink()
-    assert {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()} == before
-
-
-@pytest.mark.parametrize("damage", ["weights", "layout", "metrics", "pickle"])
-def test_a_damaged_model_folder_is_refused(damage, runs, tmp_path):
-    source, copy = runs.zoo / FOUND, tmp_path / "model"
-    copy.mkdir()
-    for file in source.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    if damage == "weights":
-        (copy / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
-    elif damage == "pickle":
-        torch.save(load_file(source / "model.safetensors"), copy / "model.safetensors")
-    else:
-        file, part = ("config.json", "model_args") if damage == "layout" else ("metrics.json", None)
-        content = json.loads((copy / file).read_text())
-        (content[part] if part else content)["layout"] = "3-4-3"
-        (copy / file).write_text(json.dumps(content))
-    with pytest.raises(InputError) as caught, warnings.catch_warnings():
-        load_model(copy)
-    assert str(caught.value).startswith(str(copy))
-    assert "\n" not in str(caught.value)
