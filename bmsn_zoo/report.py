@@ -1,15 +1,60 @@
 """Tables and pictures of a run, made from its folder alone: python -m bmsn_zoo.report RUN_FOLDER"""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from .results import Entry, SearchResult, TrainResult
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .card import percent, ranked_rows
+from .command import run_command
+from .config import Parser
+from .errors import InputError, first_line
+from .files import read_text
+from .results import Entry, SearchResult, TrainResult, fault
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a picture can show
+
+
+class _Epoch(BaseModel):
+    """What pictures need of a line of metrics.jsonl."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    epoch: Annotated[int, Field(ge=1, le=10**9)]
+    loss: Number
+
+
+class _SearchEpoch(_Epoch):
+    score_accuracy: Number
+    draws: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Field(min_length=1, max_length=1024)]
+
+
+class _TrainEpoch(_Epoch):
+    train_accuracy: Number
+    holdout_accuracy: Number | None
+
+
+EpochT = TypeVar("EpochT", bound=_Epoch)
+
+
+def _epochs(folder: Path, kind: type[EpochT]) -> list[EpochT]:
+    """The lines of metrics.jsonl.
+
+    Raises:
+        InputError: if there are none, or one is malformed.
+    """
+    path, rows = folder / "metrics.jsonl", []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise InputError(f"{path}, line {number}, is not of this run: {fault(error)}") from None
+    if not rows:
+        raise InputError(f"{path} is empty: it should hold a line for every epoch")
+    return rows
 
 
 def _figure(width: float, height: float) -> Any:
@@ -19,32 +64,52 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {first_line(error)}") from None
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequence[float]) -> None:
+    """Lines over epochs, named in a legend if there are several."""
+    for name, values in curves.items():
+        color = _HIGHLIGHT if len(curves) == 1 else None
+        axes.plot([row.epoch for row in epochs], values, color=color, label=name.replace("_", " "))
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    if 1 < len(curves) <= 8:
+        axes.legend(fontsize=7)
 
 
 def draw_search(folder: Path) -> None:
     """Draw the pictures of a finished search into its folder `pictures/`."""
-    result = SearchResult.read(folder / "search.json")
+    result, rows = SearchResult.read(folder / "search.json"), _epochs(folder, _SearchEpoch)
     _draw_assignment(result, folder / "pictures" / "assignment.png")
     _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
-    _draw_search_curves(_metrics(folder), folder / "pictures" / "curves.png")
+    figure = _figure(9, 3.2)
+    loss, accuracy, draws = figure.subplots(1, 3)
+    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
+    scores = [100 * row.score_accuracy for row in rows]
+    _draw_curves(accuracy, rows, "score accuracy of the drawn layouts, %", accuracy=scores)
+    if len({len(row.draws) for row in rows}) > 1:
+        raise InputError(f"{folder / 'metrics.jsonl'} counts the steps of other supernets in some lines")
+    steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
+    _draw_curves(draws, rows, "steps of each supernet", **steps)
+    draws.set_ylim(bottom=0)
+    _save(figure, folder / "pictures" / "curves.png")
 
 
 def _draw_assignment(result: SearchResult, path: Path) -> None:
-    layouts, matrix = result.layouts, result.assignment_matrix
-    by_macs = sorted(range(len(layouts)), key=lambda i: next(
-        entry.macs for entry in result.ranking if entry.layout == layouts[i]))  # fmt: skip
-    figure = _figure(max(6.0, 0.22 * len(layouts) + 2), 1.2 + 0.35 * result.mixture_size + 0.8)
+    macs = {entry.layout: entry.macs for entry in result.ranking}
+    rows = sorted(zip(result.layouts, result.assignment_matrix, strict=True), key=lambda row: macs[row[0]])
+    figure = _figure(max(6.0, 0.22 * len(rows) + 2), 1.2 + 0.35 * result.mixture_size + 0.8)
     axes = figure.add_subplot()
-    image = axes.imshow([[matrix[i][m] for i in by_macs] for m in range(result.mixture_size)],
-                        aspect="auto", cmap="viridis", vmin=0, vmax=1)  # fmt: skip
-    if len(layouts) <= 80:
-        axes.set_xticks(range(len(layouts)), [layouts[i] for i in by_macs], rotation=90, fontsize=7)
+    columns = list(zip(*(shares for _, shares in rows), strict=True))
+    image = axes.imshow(columns, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    if len(rows) <= 80:
+        axes.set_xticks(range(len(rows)), [layout for layout, _ in rows], rotation=90, fontsize=7)
     axes.set_yticks(range(result.mixture_size))
     axes.set_xlabel("layout, cheapest first")
     axes.set_ylabel("supernet")
@@ -79,69 +144,38 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_search_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = _figure(9, 3.2)
-    epochs = [row["epoch"] for row in rows]
-    loss, accuracy, draws = figure.subplots(1, 3)
-    loss.plot(epochs, [row["loss"] for row in rows], color=_HIGHLIGHT)
-    loss.set_title("training loss")
-    accuracy.plot(epochs, [100 * row["score_accuracy"] for row in rows], color=_HIGHLIGHT)
-    accuracy.set_title("score accuracy of the drawn layouts, %")
-    for m in range(len(rows[0]["draws"])):
-        draws.plot(epochs, [row["draws"][m] for row in rows], label=f"supernet {m}")
-    draws.set_title("steps of each supernet")
-    draws.set_ylim(bottom=0)
-    if len(rows[0]["draws"]) <= 8:
-        draws.legend(fontsize=6)
-    for axes in (loss, accuracy, draws):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
 def draw_training(folder: Path) -> None:
     """Draw the learning curves of a training into its folder `pictures/`."""
-    rows = _metrics(folder)
+    rows = _epochs(folder, _TrainEpoch)
     figure = _figure(7, 3.2)
     loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss.plot(epochs, [row["loss"] for row in rows], color=_HIGHLIGHT)
-    loss.set_title("training loss")
-    accuracy.plot(
-        epochs, [100 * row["train_accuracy"] for row in rows], color=_QUIET, label="augmented training images"
-    )
-    if rows[0]["holdout_accuracy"] is not None:
-        held = [100 * row["holdout_accuracy"] for row in rows]
-        accuracy.plot(epochs, held, color=_HIGHLIGHT, label="held-out training images")
-    accuracy.set_title("accuracy, %")
-    accuracy.legend(fontsize=7)
-    for axes in (loss, accuracy):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
+    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
+    curves = {"augmented training images": [100 * row.train_accuracy for row in rows]}
+    held = [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]
+    if len(held) == len(rows):
+        curves["held-out training images"] = held
+    _draw_curves(accuracy, rows, "accuracy, %", **curves)
     _save(figure, folder / "pictures" / "curves.png")
 
 
 def search_table(result: SearchResult, top: int = 5) -> str:
-    """The best layouts, the default one and the Pareto front as a text table."""
-    rank = {entry.layout: place for place, entry in enumerate(result.ranking, 1)}
+    """The best layouts, the default one and the Pareto front as a text table; every layout once in each part."""
 
-    def row(entry: Entry, note: str = "") -> str:
-        return (
-            f"{rank[entry.layout]:>5}  {entry.layout:<14}  {100 * entry.accuracy:>8.2f}  "
-            f"{entry.macs / 1e6:>8.1f}  {note}"
-        ).rstrip()
+    def row(place: int, entry: Entry, note: str = "") -> str:
+        macs = f"{entry.macs / 1e6:.1f}"
+        return f"{place:>5}  {entry.layout:<14}  {percent(entry.accuracy):>8}  {macs:>8}  {note}".rstrip()
 
-    within = result.best_within_default_macs.layout
-    lines = [f"{'rank':>5}  {'layout':<14}  {'accuracy':>8}  {'MACs (M)':>8}"]
-    lines += [
-        row(entry, "best within the default's MACs" if entry.layout == within else "") for entry in result.ranking[:top]
-    ]
-    lines += [row(result.default, "default")]
-    lines += ["Pareto front, cheapest first:", *(row(entry) for entry in result.pareto_front)]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{'rank':>5}  {'layout':<14}  {'accuracy':>8}  {'MACs (M)':>8}",
+            *(row(*found) for found in ranked_rows(result, top)),
+            "Pareto front, cheapest first:",
+            *(row(result.place(entry.layout), entry) for entry in result.pareto_front),
+        ]
+    )
 
 
-def print_search(folder: Path, command: str) -> None:
+def print_search(folder: Path, command: str = "accelerate launch -m bmsn_zoo.") -> None:
     """Print what a search found and how to retrain it; `command` starts our commands."""
     result = SearchResult.read(folder / "search.json")
     script = ".py" if not command.rstrip().endswith(".") else ""
@@ -162,7 +196,7 @@ def print_training(folder: Path) -> None:
     """Print what a training reached and how to load it."""
     metrics = TrainResult.read(folder / "metrics.json")
     sys.stdout.write(
-        f"layout {metrics.layout}: test accuracy {100 * metrics.test_accuracy:.2f} % on "
+        f"layout {metrics.layout}: test accuracy {percent(metrics.test_accuracy)} on "
         f"{metrics.test_images} images (n = 1, {metrics.epochs} epochs), "
         f"{metrics.macs / 1e6:.1f} M MACs, {metrics.parameters / 1e6:.2f} M parameters\n"
         f"results and pictures: {folder}\n"
@@ -172,15 +206,22 @@ def print_training(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the pictures of finished runs again, and print the tables of searches."""
-    for name in sys.argv[1:] if argv is None else argv:
-        folder = Path(name)
-        if (folder / "search.json").exists():
-            draw_search(folder)
-            print_search(folder, "accelerate launch -m bmsn_zoo.")
-        else:
-            draw_training(folder)
-    return 0
+    """The command line."""
+    parser = Parser(prog="python -m bmsn_zoo.report", description="Draw the pictures of runs, and print their tables.")
+    parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
+
+    def run() -> None:
+        for folder in parser.parse_args(argv).run:
+            if (folder / "metrics.json").exists():  # beside it, search.json is where the layout comes from
+                draw_training(folder)
+                print_training(folder)
+            elif (folder / "search.json").exists():
+                draw_search(folder)
+                print_search(folder)
+            else:
+                raise InputError(f"{folder} holds no finished run: neither search.json nor metrics.json is there")
+
+    return run_command(run)
 
 
 if __name__ == "__main__":
