@@ -26,7 +26,7 @@ from bmsn_zoo.data import (
 )
 from bmsn_zoo.layout import Layout
 from bmsn_zoo.search_space import SearchSpace
-from bmsn_zoo.strategies import BalancedMixture
+from bmsn_zoo.strategies import create_strategy
 from bmsn_zoo.supernet import Mixture, count_correct
 
 
@@ -80,9 +80,10 @@ class Ways:
         images = self.weight if split == "weight" else self.score
         if way.device_augmentation:
             augment = Augmentation(self.config.crop_padding, self.config.flip)
-            for step, (pixels, labels) in enumerate(images.batches(order)):
+            crops = augment.draw(len(order), self.config.batch_size, random_stream(0, AUGMENT))
+            for drawn, (pixels, labels) in zip(crops, images.batches(order), strict=True):
                 if split == "weight":
-                    pixels = augment(pixels, random_stream(0, AUGMENT, step))
+                    pixels = augment(pixels, drawn)
                 yield normalise(pixels, self.data.mean, self.data.std), labels
         else:
             transform = self.train_transform if split == "weight" else self.score_transform
@@ -93,7 +94,7 @@ class Ways:
     def steps(self, way: Way, count: int, layout: Layout | None = None) -> float:
         """Seconds of a search step, the mean over some; of one layout if it is given."""
         mixture, optimizers = self.mixture(way)
-        strategy = BalancedMixture(len(self.space), self.config.mixture_size, 100.0, 0.9, self.config.seed)
+        strategy = create_strategy(len(self.space), self.config)
         size = self.config.batch_size
         orders = [
             (shuffled_batches(len(images), size, random_stream(0, purpose)) * count)[:count]

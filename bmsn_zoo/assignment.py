@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters: int = 1000) -> Tensor:
+def assign(
+    scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters: int = 1000, offset: Tensor | None = None
+) -> Tensor:
     """Balanced assignment: softmax of the scores over supernets, rescaled until all are used equally.
 
     The result is the fixed point of the paper's iteration (section 3.2: divide every column by its mean,
@@ -17,6 +19,8 @@ def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters:
         sharpness: factor on the scores before the softmax, at least 0; larger is more decided.
         tolerance: largest accepted relative deviation of a usage from 1/M.
         max_iters: Newton steps before giving up.
+        offset: of every supernet, float64 (M,), where to start from and, changed in place, where this ended;
+            0 if None. Near the solution, as after one more step of a search, no iteration is needed.
 
     Returns:
         p(supernet given layout), a new float64 tensor of shape (L, M) whose rows sum to 1.
@@ -32,7 +36,7 @@ def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters:
     logits = scores.double() * sharpness
     num_layouts, num_supernets = logits.shape
     target = num_layouts / num_supernets
-    offset = torch.zeros(num_supernets, dtype=torch.float64)
+    offset = torch.zeros(num_supernets, dtype=torch.float64) if offset is None else offset
     deviation = float("inf")
 
     def objective(offset: Tensor) -> float:
@@ -46,7 +50,7 @@ def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters:
             return assignment
         if step < 4 or step % 8 == 7:
             # the plain iteration: robust far from the solution, where Newton's quadratic model does not hold
-            offset = offset - (totals / target).clamp_min(1e-300).log()
+            offset -= (totals / target).clamp_min(1e-300).log()
         else:
             hessian = torch.diag(totals) - assignment.T @ assignment
             ridge = 1e-12 * target + 1e-3 * float((totals - target).abs().mean())
@@ -56,8 +60,8 @@ def assign(scores: Tensor, sharpness: float, tolerance: float = 1e-3, max_iters:
             before, slope, scale = objective(offset), float(direction @ (totals - target)), 1.0
             while scale > 1e-10 and objective(offset + scale * direction) > before + 1e-4 * scale * slope:
                 scale /= 2
-            offset = offset + scale * direction
-        offset = offset - offset.mean()
+            offset += scale * direction
+        offset -= offset.mean()
     raise RuntimeError(f"no balanced assignment after {max_iters} steps: a usage is {deviation:.1%} off 1/M")
 
 

@@ -19,7 +19,7 @@ from .errors import InputError, first_line
 WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
-_FIRST_SPEAKS = 3.0  # seconds; by then a launcher has ended the others
+_FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
 _PLACES = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
 _PLACES += [errno.ENAMETOOLONG, errno.ENOTDIR, errno.EMFILE, errno.ENFILE]
 _run: Any = None

@@ -137,6 +137,7 @@ class SearchConfig(DataConfig):
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
     )
+    strategy: str = setting("balanced", "how a step draws its layout and its supernet")
     mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search", 1, 1024)
     epochs: int = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
@@ -175,11 +176,7 @@ class TrainConfig(DataConfig):
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's")
     lr: float = setting(0.1, "highest learning rate", 0)
     min_lr: float = setting(0.0, "learning rate at the end", 0)
-    sched: str = setting(
-        "cosine",
-        "path of the learning rate from lr to min-lr; poly is a line",
-        choices=("cosine", "poly", "constant"),
-    )
+    sched: str = setting("cosine", "path from lr to min-lr; poly is a line", choices=("cosine", "poly", "constant"))
     warmup_epochs: int = setting(1, "epochs of linear warm-up", 0)
     momentum: float = setting(0.9, "momentum of the optimizer", 0, 1)
     weight_decay: float = setting(5e-4, "weight decay, not on normalisation and biases", 0)

@@ -10,7 +10,7 @@ class InputError(ValueError):
 def brief(value: Any) -> str:
     """A value for a message: one short line, whatever it is."""
     try:
-        return ascii(value)[:40]
+        return repr(value)[:40]
     except (ValueError, RecursionError):  # a number of thousands of digits, a list in lists in lists
         return "a huge number" if isinstance(value, int) else "a deep value"
 

@@ -1,8 +1,9 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,22 @@ _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 as it is written, for what is recorded: NVIDIA's newer GPUs would round its factors to TF32's 10 bits."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @torch.no_grad()
+@full_float32()
 def evaluate(
     model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float], accelerator: Accelerator
 ) -> dict[str, float]:
@@ -41,9 +57,8 @@ def evaluate(
     order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
     order = order[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
-    for pixels, labels in images.batches(order):
-        logits = model(normalise(pixels.to(accelerator.device), mean, std)).float()
-        labels = labels.to(accelerator.device)
+    for pixels, labels in images.batches(order, accelerator.device):
+        logits = model(normalise(pixels, mean, std)).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
     correct, loss = accelerator.reduce(sums, "sum").tolist()

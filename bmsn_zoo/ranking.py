@@ -8,15 +8,14 @@ from .results import Entry, Ranking
 from .search_space import SearchSpace
 
 
-def build_result(space: SearchSpace, accuracy: Tensor, assignment: Tensor, image_size: int, in_chans: int) -> Ranking:
-    """Ranking, matrices, the best layouts and the Pareto front.
+def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans: int) -> Ranking:
+    """Ranking, accuracies, the best layouts and the Pareto front.
 
     A layout's accuracy is its best over the supernets (paper, section 3.2); with equal accuracy the cheaper layout
     comes first.
 
     Args:
         accuracy: score-split accuracy of every layout under every supernet, fractions, (L, M).
-        assignment: p(supernet given layout), (L, M).
         image_size: side of the images in pixels, for the multiply-accumulates.
         in_chans: channels of the images.
     """
@@ -42,7 +41,6 @@ def build_result(space: SearchSpace, accuracy: Tensor, assignment: Tensor, image
         ranking=ranking,
         layouts=[str(layout) for layout in space],
         accuracy_matrix=accuracy.tolist(),
-        assignment_matrix=assignment.tolist(),
     )
 
 

@@ -185,7 +185,6 @@ class Ranking(Record):
         pareto_front: those that none beats in both accuracy and multiply-accumulates, cheapest first.
         layouts: the search space in its order, that of the matrices' rows.
         accuracy_matrix: on the score split, fractions, (L, M).
-        assignment_matrix: p(supernet given layout), (L, M).
     """
 
     model: str
@@ -197,7 +196,6 @@ class Ranking(Record):
     ranking: Annotated[list[Entry], FailFast()]
     layouts: Annotated[list[LayoutText], FailFast()]
     accuracy_matrix: Matrix
-    assignment_matrix: Matrix
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -208,8 +206,8 @@ class Ranking(Record):
             raise ValueError("it names layouts otherwise than it ranks them")
         if any(entry.supernet >= self.mixture_size for entry in self.ranking):
             raise ValueError(f"it names supernets beyond its {self.mixture_size}")
-        matrices = (self.accuracy_matrix, self.assignment_matrix, getattr(self, "scores", self.accuracy_matrix))
-        for matrix in matrices:
+        for name in {"accuracy_matrix", "assignment_matrix", "scores"} & set(type(self).model_fields):
+            matrix = getattr(self, name)
             if [len(row) for row in matrix] != [self.mixture_size] * len(space):
                 raise ValueError(f"its matrices are not of {len(space)} layouts x {self.mixture_size} supernets")
         return self
@@ -237,12 +235,14 @@ class SearchResult(Ranking, Run):
     """Result of a search.
 
     Attributes:
+        assignment_matrix: p(supernet given layout), (L, M).
         scores: moving averages of the score accuracy that the assignment comes from, fractions, (L, M).
     """
 
     settings: Annotated[Settings, _checked(SearchConfig)]
     dataset: SearchDataset
     peak_memory_mib: Count | None = None
+    assignment_matrix: Matrix
     scores: Matrix
 
 

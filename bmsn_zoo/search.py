@@ -1,20 +1,18 @@
-"""The search: a balanced mixture of supernets over pooling layouts, top to bottom (arXiv:2306.11982)."""
+"""The search: a mixture of supernets over pooling layouts, top to bottom (arXiv:2306.11982)."""
 
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import hub, report, runtime
 from .command import run_command
@@ -27,81 +25,84 @@ from .data import (
     DataSource,
     ImageData,
     ImageSet,
+    check_batch_size,
     even_batches,
     normalise,
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
 )
 from .errors import InputError
+from .evaluate import full_float32
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .ranking import build_result
 from .records import RunFolder, load_training_state, open_run, resolve_config, save_training_state
 from .results import SearchDataset, SearchResult
 from .search_space import SearchSpace
-from .strategies import BalancedMixture, Draw
+from .step import Lag, Trainer, check_finite, train_and_score
+from .strategies import Draw, Strategy, create_strategy
 from .supernet import Mixture, count_correct
 
 _log = logging.getLogger(__name__)
-_EXCHANGE_STEPS = 32  # steps between exchanges of scores among processes that own supernets
+_EXCHANGE_STEPS = 32  # steps between exchanges among processes that own supernets
+_Batch = tuple[Tensor, Tensor]  # images and labels
 
 
-class _OnTheWay:
-    """Loss and accuracy of a step on their way to the host, which must not wait for the step at hand."""
-
-    def __init__(self, draw: Draw, values: Tensor) -> None:
-        self.draw = draw
-        self.values = values.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if values.is_cuda else None
-        if self.event is not None:
-            self.event.record()
-
-    def arrive(self) -> tuple[float, float]:
-        if self.event is not None:
-            self.event.synchronize()
-        loss, accuracy = self.values.tolist()
-        return loss, accuracy
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one of several processes does.
+class _Role(NamedTuple):
+    """What one of several processes does in an epoch.
 
     Attributes:
         owned: the supernets that it trains.
-        shard: its part of every batch, and how many parts there are.
-        turn: its batches of an epoch, the first and every how many; others take the rest.
+        shard: its part of every batch that it takes, and how many parts there are.
+        turns: the batches that it takes; others take the rest.
     """
 
     owned: range
     shard: tuple[int, int]
-    turn: tuple[int, int]
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other process trains the same supernets."""
-        return self.shard[1] == 1
+    turns: slice
 
     @classmethod
-    def of(cls, config: SearchConfig, rank: int, world: int) -> "_Share":
+    def of(cls, config: SearchConfig, accelerator: Accelerator) -> "_Role":
         """Data parallel: all supernets, a shard of every batch. Mixture parallel: some supernets, whole batches."""
+        rank, world = accelerator.process_index, accelerator.num_processes
         if config.parallel == "mixture":
             if config.mixture_size % world:
                 raise InputError(f"mixture-size {config.mixture_size} is not a multiple of the {world} processes")
             each = config.mixture_size // world
-            return cls(range(rank * each, (rank + 1) * each), (0, 1), (rank, world))
-        if config.batch_size % world or config.batch_size // world < 2:
-            raise InputError(f"batch-size {config.batch_size} cannot be shared evenly by {world} processes")
-        return cls(range(config.mixture_size), (rank, world), (0, 1))
+            return cls(range(rank * each, (rank + 1) * each), (0, 1), slice(rank, None, world))
+        check_batch_size(config.batch_size, world)
+        return cls(range(config.mixture_size), (rank, world), slice(None, None, 1))
+
+    def epoch_steps(self, images: int, batch_size: int) -> int:
+        """Steps of an epoch over all processes, each of which takes as many as the others."""
+        steps, turns = images // batch_size, self.turns.step
+        if steps < turns:
+            fix = f" for {turns} processes: use {images // turns} or less" if turns > 1 else ": use less"
+            raise InputError(f"batch-size {batch_size} is too much for the {images} images of a half{fix}")
+        return steps - steps % turns
 
 
-class _Trainer(NamedTuple):
-    """A supernet and what trains it; `network` is the supernet as accelerate prepared it."""
+@dataclass(frozen=True)
+class _Search:
+    """All that a search is made of; every process has its own."""
 
-    supernet: PoolingResNet
-    network: nn.Module
-    optimizer: AcceleratedOptimizer
+    config: SearchConfig
+    accelerator: Accelerator
+    role: _Role
+    space: SearchSpace
+    source: DataSource
+    data: ImageData
+    halves: tuple[
+        np.ndarray, np.ndarray
+    ]  # positions of the training images that train weights, and of those that score
+    weight_split: ImageSet
+    score_split: ImageSet
+    epoch_steps: int
+    mixture: Mixture
+    trainers: dict[int, Trainer]  # of the supernets that this process owns
+    strategy: Strategy
 
 
 def search(config: SearchConfig, output: Path | None = None, resume: bool = False) -> Path:
@@ -116,147 +117,80 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         the folder, which holds `search.json`, the supernets' weights, metrics and pictures.
 
     Raises:
-        InputError: for a setting that cannot be used; nothing is written then.
+        InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
-    space = SearchSpace(config.model, config.default_layout)
-    accelerator = runtime.start(config, RunFolder(output).last_precision if output and resume else None)
-    device = accelerator.device
-    share = _Share.of(config, accelerator.process_index, accelerator.num_processes)
-
-    source = DataSource(config, torch.get_num_threads())
-    space.backbone.check(space.default_layout, source.image_size)
-    with PartialState().local_main_process_first():
-        data = source.train()
-    labels = data.images.labels.numpy()
-    weight_rows, score_rows = stratified_split(labels, 0.5, config.seed, "a weight split and a score split")
-    weight_split, score_split = data.images.select(weight_rows), data.images.select(score_rows)
-    steps = _steps_per_epoch(min(len(weight_split), len(score_split)), config, share)
-    total_steps = steps * config.epochs
-
-    mixture = Mixture(space, config.mixture_size, len(data.label_names), config.in_chans, config.seed)
-    if config.init_from and not (resume and output and RunFolder(output).checkpoints()):
-        _start_from(config.init_from, mixture, config)
-    strategy = BalancedMixture(
-        len(space), config.mixture_size, config.max_sharpness, config.score_momentum, config.seed
-    )
-    trainers = {m: _prepare(mixture.supernets[m], config, share, accelerator) for m in share.owned}
-    augment = Augmentation(config.crop_padding, config.flip)
-    evaluate_all = partial(
-        _evaluate_all, mixture, share, score_split, data, config.eval_batch_size, config.seed, accelerator
-    )
-
+    parts = _prepare(config, output if resume else None)
+    accelerator, role, strategy = parts.accelerator, parts.role, parts.strategy
     folder = open_run("search", output)
-    output = folder.path
-    start_epoch = _restore(folder, trainers, strategy, accelerator) if resume else 0
+    start_epoch = _restore(parts, folder) if resume else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch})
 
     for epoch in range(start_epoch, config.epochs):
         started = time.monotonic()
-        turn = slice(share.turn[0], steps, share.turn[1])
-        order = shuffled_batches(
-            len(weight_split), config.batch_size, random_stream(config.seed, ORDER, epoch), share.shard
-        )[turn]
-        score_order = shuffled_batches(
-            len(score_split), config.batch_size, random_stream(config.seed, SCORE_ORDER, epoch), share.shard
-        )[turn]
-        batches = zip(range(steps)[turn], weight_split.batches(order), score_split.batches(score_order), strict=True)
-        bar = runtime.progress_bar(batches, len(order), f"epoch {epoch + 1}/{config.epochs}")
-        losses, accuracies, draws = [], [], [0] * config.mixture_size
-        on_the_way: deque[_OnTheWay] = deque()
+        steps = range(epoch * parts.epoch_steps, (epoch + 1) * parts.epoch_steps)[role.turns]
+        bar = runtime.progress_bar(_batches(parts, epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
+        lag, sums = Lag[tuple[int, Draw]](), np.zeros(2 + config.mixture_size)
 
-        for done, (index, (images, labels), (score_images, score_labels)) in enumerate(bar, 1):
-            step = epoch * steps + index
-            progress = step / max(1, total_steps - 1)
-            draw = strategy.draw(step, progress, share.owned)
-            supernet, network, optimizer = trainers[draw.supernet]
-            supernet.set_layout(space[draw.layout])
-            set_learning_rate(optimizer, learning_rate(config, steps, step))
+        for step, batch, score_batch in bar:
+            progress = step / max(1, config.epochs * parts.epoch_steps - 1)
+            draw = strategy.draw(step, progress, role.owned)
+            trainer = parts.trainers[draw.supernet]
+            set_learning_rate(trainer.optimizer, learning_rate(config, parts.epoch_steps, step))
+            values = train_and_score(trainer, parts.space[draw.layout], batch, score_batch, accelerator)
+            if role.shard[1] > 1:  # all processes learn the same, or their draws would part
+                values = accelerator.reduce(values, "mean")
 
-            images = images.to(device, non_blocking=True)
-            images = augment(images, random_stream(config.seed, AUGMENT, step), share.shard)
-            logits = network(normalise(images, data.mean, data.std))
-            loss = nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            last = step == steps[-1]
+            for (done, drawn), (loss, accuracy) in lag.push((step, draw), values, last):
+                check_finite(loss, epoch, done % parts.epoch_steps)
+                strategy.update(drawn, accuracy)
+                sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
+                bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
+            if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
+                strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(accelerator.device)).cpu())
 
-            with torch.no_grad():
-                score_images = normalise(score_images.to(device, non_blocking=True), data.mean, data.std)
-                correct = supernet(score_images).argmax(1) == score_labels.to(device, non_blocking=True)
-                values = torch.stack([loss.detach(), correct.float().mean()])
-                if not share.alone:
-                    values = accelerator.reduce(values, "mean")
-
-            # scores learn of a step one step later: waiting for the one at hand would leave the device idle
-            on_the_way.append(_OnTheWay(draw, values))
-            while len(on_the_way) > (0 if done == len(order) else 1):
-                arrived = on_the_way.popleft()
-                loss_value, accuracy = arrived.arrive()
-                strategy.update(arrived.draw, accuracy)
-                losses.append(loss_value)
-                accuracies.append(accuracy)
-                draws[arrived.draw.supernet] += 1
-            if share.turn[1] > 1 and (done % _EXCHANGE_STEPS == 0 or done == len(order)):
-                _exchange_scores(strategy, share.owned, accelerator)
-            if done % 10 == 0:
-                shares = "/".join(f"{part:.3f}" for part in strategy.usage(progress))
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, score accuracy {accuracies[-1]:.3f}, usage {shares}")
-
-        totals = torch.tensor([sum(losses), sum(accuracies), len(losses), *draws], dtype=torch.float32, device=device)
-        if share.turn[1] > 1:
-            totals = accelerator.reduce(totals, "sum")
-        loss_sum, accuracy_sum, count, *drawn = totals.tolist()
-        row = {
-            "epoch": epoch + 1,
-            "loss": loss_sum / count,
-            "score_accuracy": accuracy_sum / count,
-            "lr": optimizer.param_groups[0]["lr"],
-            "sharpness": strategy.sharpness(progress),
-            "usage": strategy.usage(progress),
-            "draws": [int(n) for n in drawn],
-            "seconds": round(time.monotonic() - started, 2),
-            "peak_memory_mib": _peak_memory_mib(device),
-        }
-        if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
-            so_far = evaluate_all().amax(1).tolist()
-            row["accuracy"] = {str(layout): value for layout, value in zip(space, so_far, strict=True)}
+        row = _describe_epoch(parts, epoch, progress, sums, time.monotonic() - started)
         if accelerator.is_main_process:
             folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
             folder.touch()
-            _log.info("epoch %d/%d: loss %.3f, score accuracy %.3f, %.0f s", epoch + 1, config.epochs, row["loss"],
-                      row["score_accuracy"], row["seconds"])  # fmt: skip
-        _checkpoint(folder, epoch + 1, trainers, strategy, accelerator, share)
+        _checkpoint(parts, folder, epoch + 1)
 
-    accuracy_matrix = evaluate_all()
+    accuracy_matrix = _evaluate_all(parts)
     if accelerator.is_main_process:
-        for m in set(range(len(mixture))) - set(share.owned):  # the other owners' last checkpoints are theirs
-            load_training_state(folder.checkpoints()[-1] / f"supernet-{m}.safetensors", mixture.supernets[m])
-        meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
-        save_file(mixture.state_dict(), output / "supernets.safetensors", metadata=meta)
-        rows = {"weight_rows": torch.from_numpy(weight_rows), "score_rows": torch.from_numpy(score_rows)}
-        save_file(rows, output / "split.safetensors")
-        folder.touch()
-        found = build_result(space, accuracy_matrix, strategy.assignment(1.0), source.image_size, config.in_chans)
-        described = SearchDataset(
-            **source.describe(data), weight_images=len(weight_split), score_images=len(score_split)
-        )
-        SearchResult(
-            **dict(found),
-            **folder.summary(),
-            recipe=config.recipe,
-            settings=config.settings(),
-            seed=config.seed,
-            epochs=config.epochs,
-            dataset=described,
-            peak_memory_mib=_peak_memory_mib(device),
-            scores=strategy.scores.tolist(),
-        ).write(output / "search.json")
-        report.draw_search(output)
-        folder.drop_checkpoints()
+        _write_result(parts, folder, accuracy_matrix)
     accelerator.wait_for_everyone()
-    return output
+    return folder.path
+
+
+def _prepare(config: SearchConfig, resumed: Path | None) -> _Search:
+    """Everything that a search needs before its first step; `resumed` is the folder of the run to continue."""
+    space = SearchSpace(config.model, config.default_layout)
+    accelerator = runtime.start(config, RunFolder(resumed).last_precision if resumed else None)
+    role = _Role.of(config, accelerator)
+
+    source = DataSource(config, torch.get_num_threads())
+    space.backbone.check(space.default_layout, source.image_size)
+    with PartialState().local_main_process_first():
+        data = source.train()
+    if accelerator.is_main_process:
+        _log.info(source.summary())
+    # one half of the training images trains weights, the other scores layouts; the test images stay closed
+    labels = data.images.labels.numpy()
+    halves = stratified_split(labels, 0.5, config.seed, "a weight split and a score split", data.label_names)
+    weight_split, score_split = map(data.images.near(accelerator.device).select, halves)
+    epoch_steps = role.epoch_steps(min(map(len, halves)), config.batch_size)
+
+    mixture = Mixture(space, config.mixture_size, len(data.label_names), config.in_chans, config.seed)
+    if config.init_from and not (resumed and RunFolder(resumed).checkpoints()):
+        _start_from(config.init_from, mixture, config)
+    trainers = {m: _trainer(mixture.supernets[m], config, role, accelerator) for m in role.owned}
+    strategy = create_strategy(len(space), config)
+    return _Search(
+        config, accelerator, role, space, source, data, halves, weight_split, score_split, epoch_steps, mixture,
+        trainers, strategy,
+    )  # fmt: skip
 
 
 def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
@@ -278,87 +212,130 @@ def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
         raise InputError(f"init-from {name}: its supernets do not have the weights of {config.model}") from None
 
 
-def _steps_per_epoch(images: int, config: SearchConfig, share: _Share) -> int:
-    """Steps of an epoch over all processes; each takes as many turns as the others."""
-    if config.batch_size > images:
-        raise InputError(f"batch-size {config.batch_size} is more than the {images} images of a half: use less")
-    steps, turns = images // config.batch_size, share.turn[1]
-    if steps < turns:
-        raise InputError(f"an epoch has {steps} steps for {turns} processes: use a smaller batch-size")
-    return steps - steps % turns
-
-
-def _prepare(supernet: PoolingResNet, config: SearchConfig, share: _Share, accelerator: Accelerator) -> _Trainer:
+def _trainer(supernet: PoolingResNet, config: SearchConfig, role: _Role, accelerator: Accelerator) -> Trainer:
     supernet = supernet.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = create_optimizer(supernet, config)
-    # wrapped for gradient averaging only where all processes train the same supernet
-    network = accelerator.prepare_model(supernet, evaluation_mode=share.alone)
-    return _Trainer(supernet, network, accelerator.prepare_optimizer(optimizer))
+    # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
+    network = accelerator.prepare_model(supernet, evaluation_mode=role.shard[1] == 1)
+    return Trainer(supernet, network, accelerator.prepare_optimizer(create_optimizer(supernet, config)))
 
 
-def _exchange_scores(strategy: BalancedMixture, owned: range, accelerator: Accelerator) -> None:
-    """Give every process the score columns of all supernets, each from its owner."""
-    columns = strategy.scores[:, owned.start : owned.stop].T.contiguous().to(accelerator.device)
-    strategy.scores.copy_(accelerator.gather(columns).T)
+def _batches(parts: _Search, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
+    """The steps of an epoch that this process takes, with augmented images to train on and plain ones to score on."""
+    config, role, data, device = parts.config, parts.role, parts.data, parts.accelerator.device
+    augment = Augmentation(config.crop_padding, config.flip)
+    rng = random_stream(config.seed, AUGMENT, epoch)
+    crops = augment.draw(parts.epoch_steps, config.batch_size, rng, role.shard)[role.turns]
+
+    def in_turn(images: ImageSet, purpose: int) -> Iterator[_Batch]:
+        rng = random_stream(config.seed, purpose, epoch)
+        order = shuffled_batches(len(images), config.batch_size, rng, role.shard)[: parts.epoch_steps]
+        return images.batches(order[role.turns], device)
+
+    weight, score = in_turn(parts.weight_split, ORDER), in_turn(parts.score_split, SCORE_ORDER)
+    for step, drawn, (images, labels), (score_images, score_labels) in zip(
+        steps, to_device(crops, device), weight, score, strict=True
+    ):
+        images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
+        yield step, (images, labels), (score_images, score_labels)
 
 
-def _evaluate_all(
-    mixture: Mixture,
-    share: _Share,
-    images: ImageSet,
-    data: ImageData,
-    batch_size: int,
-    seed: int,
-    accelerator: Accelerator,
-) -> Tensor:
+def _describe_epoch(parts: _Search, epoch: int, progress: float, sums: np.ndarray, seconds: float) -> dict[str, object]:
+    """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
+    config, device = parts.config, parts.accelerator.device
+    totals = torch.tensor(sums, dtype=torch.float32, device=device)
+    if parts.role.turns.step > 1:  # else every process has seen the same
+        totals = parts.accelerator.reduce(totals, "sum")
+    loss_sum, accuracy_sum, *draws = totals.tolist()
+    row: dict[str, object] = {
+        "epoch": epoch + 1,
+        "loss": loss_sum / sum(draws),
+        "score_accuracy": accuracy_sum / sum(draws),
+        "lr": learning_rate(config, parts.epoch_steps, (epoch + 1) * parts.epoch_steps - 1),
+        **parts.strategy.report(progress),
+        "draws": [int(count) for count in draws],
+        "seconds": round(seconds, 2),
+        "peak_memory_mib": _peak_memory_mib(device),
+    }
+    if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
+        accuracy = _evaluate_all(parts).amax(1).tolist()
+        row["accuracy"] = {str(layout): value for layout, value in zip(parts.space, accuracy, strict=True)}
+    if parts.accelerator.is_main_process:
+        _log.info("epoch %d/%d: loss %.3f, score accuracy %.2f %%, %.0f s", epoch + 1, config.epochs, row["loss"],
+                  100 * accuracy_sum / sum(draws), seconds)  # fmt: skip
+    return row
+
+
+def _evaluate_all(parts: _Search) -> Tensor:
     """Accuracy of every layout under every supernet on all score images, float64 (L, M) on the CPU.
 
     Supernets normalise by batch, so batches are fixed and never shared between processes.
     """
-    space, device = mixture.space, accelerator.device
-    correct = torch.zeros(len(space), len(mixture), dtype=torch.int64, device=device)
-    order = even_batches(len(images), batch_size, random_stream(seed, SCORE_ORDER))[share.shard[0] :: share.shard[1]]
-    with accelerator.autocast():
-        for pixels, labels in runtime.progress_bar(images.batches(order), len(order), "evaluating all layouts"):
-            inputs = normalise(pixels.to(device, non_blocking=True), data.mean, data.std)
-            for m in share.owned:
-                correct[:, m] += count_correct(mixture.supernets[m], space, inputs, labels.to(device))
-    return accelerator.reduce(correct, "sum").cpu().double() / len(images)
+    config, role, data, device = parts.config, parts.role, parts.data, parts.accelerator.device
+    images = parts.score_split
+    correct = torch.zeros(len(parts.space), config.mixture_size, dtype=torch.int64, device=device)
+    order = even_batches(len(images), config.eval_batch_size, random_stream(config.seed, SCORE_ORDER))
+    order = order[role.shard[0] :: role.shard[1]]
+    with parts.accelerator.autocast(), full_float32():
+        for pixels, labels in runtime.progress_bar(images.batches(order, device), len(order), "evaluating all layouts"):
+            inputs = normalise(pixels, data.mean, data.std)
+            for m in role.owned:
+                correct[:, m] += count_correct(parts.mixture.supernets[m], parts.space, inputs, labels)
+    return parts.accelerator.reduce(correct, "sum").cpu().double() / len(images)
 
 
-def _checkpoint(
-    folder: RunFolder,
-    epoch: int,
-    trainers: dict[int, _Trainer],
-    strategy: BalancedMixture,
-    accelerator: Accelerator,
-    share: _Share,
-) -> None:
-    """Save every supernet by a process that owns it, then the scores, then mark the checkpoint whole."""
+def _write_result(parts: _Search, folder: RunFolder, accuracy_matrix: Tensor) -> None:
+    """Write search.json and what belongs to it, by the main process."""
+    config, mixture, output = parts.config, parts.mixture, folder.path
+    for m in set(range(len(mixture))) - set(parts.role.owned):  # the other owners' last checkpoints are theirs
+        load_training_state(folder.checkpoints()[-1] / f"supernet-{m}.safetensors", mixture.supernets[m])
+    meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
+    save_file(mixture.state_dict(), output / "supernets.safetensors", metadata=meta)
+    weight_rows, score_rows = map(torch.from_numpy, parts.halves)
+    save_file({"weight_rows": weight_rows, "score_rows": score_rows}, output / "split.safetensors")
+    folder.touch()
+    described = parts.source.describe(parts.data)
+    dataset = SearchDataset(**described, weight_images=len(weight_rows), score_images=len(score_rows))
+    found = build_result(parts.space, accuracy_matrix, dataset.image_size, config.in_chans)
+    SearchResult(
+        **dict(found),
+        **parts.strategy.result(),
+        **folder.summary(),
+        recipe=config.recipe,
+        settings=config.settings(),
+        seed=config.seed,
+        epochs=config.epochs,
+        dataset=dataset,
+        peak_memory_mib=_peak_memory_mib(parts.accelerator.device),
+    ).write(output / "search.json")
+    report.draw_search(output)
+    folder.drop_checkpoints()
+
+
+def _checkpoint(parts: _Search, folder: RunFolder, epoch: int) -> None:
+    """Save every supernet by a process that owns it, then the strategy, then mark the checkpoint whole."""
+    accelerator = parts.accelerator
     if accelerator.is_main_process:
         folder.new_checkpoint(epoch)
     accelerator.wait_for_everyone()
     path = folder.checkpoint(epoch)
-    if share.shard[0] == 0:
-        for m, trainer in trainers.items():
+    if parts.role.shard[0] == 0:
+        for m, trainer in parts.trainers.items():
             save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_file(strategy.state_dict(), path / "strategy.safetensors")
+        save_file(parts.strategy.state_dict(), path / "strategy.safetensors")
         folder.complete_checkpoint(epoch, accelerator)
     accelerator.wait_for_everyone()
 
 
-def _restore(
-    folder: RunFolder, trainers: dict[int, _Trainer], strategy: BalancedMixture, accelerator: Accelerator
-) -> int:
+def _restore(parts: _Search, folder: RunFolder) -> int:
     """Load the last checkpoint, if there is one; returns the epochs it has seen."""
-    epoch = folder.resume_epoch("search.json", accelerator)
+    epoch = folder.resume_epoch("search.json", parts.accelerator)
     if epoch:
         path = folder.checkpoint(epoch)
-        for m, trainer in trainers.items():
+        for m, trainer in parts.trainers.items():
             load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
-        strategy.load_state_dict(load_file(path / "strategy.safetensors"))
+        parts.strategy.load_state_dict(load_file(path / "strategy.safetensors"))
     return epoch
 
 

@@ -31,6 +31,7 @@ from .data import (
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
 )
 from .errors import InputError
 from .evaluate import evaluate
@@ -97,13 +98,19 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     source = DataSource(config, torch.get_num_threads())
     space.backbone.check(layout, source.image_size)
     with PartialState().local_main_process_first():
-        data = source.train()
-    training, holdout = data.images, None
+        data, test = source.train(), source.test(check=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        _log.info(source.summary())
+    training, holdout = data.images.near(device), None
     if config.holdout:
-        kept, held = stratified_split(
-            training.labels.numpy(), config.holdout, config.seed, "a held-out part and the training images"
+        kept, apart = stratified_split(
+            data.images.labels.numpy(),
+            config.holdout,
+            config.seed,
+            "a held-out part and the training images",
+            data.label_names,
         )
-        training, holdout = data.images.select(kept), data.images.select(held)
+        training, holdout = training.select(kept), training.select(apart)
     if config.batch_size > len(training):
         raise InputError(f"batch-size {config.batch_size} is more than the {len(training)} images: use less")
     steps = len(training) // config.batch_size
@@ -134,16 +141,17 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         started = time.monotonic()
         torch.manual_seed(config.seed + epoch * shard[1] + shard[0])  # dropout, the only user of the global stream
         order = shuffled_batches(len(training), config.batch_size, random_stream(config.seed, ORDER, epoch), shard)
-        bar = runtime.progress_bar(training.batches(order), steps, f"epoch {epoch + 1}/{config.epochs}")
+        crops = augment.draw(steps, config.batch_size, random_stream(config.seed, AUGMENT, epoch), shard)
+        if config.alternate_flip:
+            crops[:, 2] = torch.from_numpy((first_mirrored[np.stack(order)] + epoch) % 2)
+        batches = zip(to_device(crops, device), training.batches(order, device), strict=True)
+        bar = runtime.progress_bar(batches, steps, f"epoch {epoch + 1}/{config.epochs}")
         sums = torch.zeros(2, device=device)
         model.train()
-        for index, (images, labels) in enumerate(bar):
+        for index, (drawn, (images, labels)) in enumerate(bar):
             step = epoch * steps + index
             set_learning_rate(prepared, learning_rate(config, steps, step))
-            mirrored = torch.from_numpy((first_mirrored[order[index]] + epoch) % 2) if config.alternate_flip else None
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            images = augment(images, random_stream(config.seed, AUGMENT, step), shard, mirrored)
-            inputs, targets = normalise(images, data.mean, data.std), labels
+            inputs, targets = normalise(augment(images, drawn), data.mean, data.std), labels
             if mix is not None:
                 # timm draws from numpy's global stream
                 np.random.seed(random_stream(config.seed, MIX, step, shard[0]).integers(2**32))
@@ -166,31 +174,29 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
             # each process has normalised by its own shards; what is measured and saved is one network
             for each in (model, final):
                 distribute_bn(each, shard[1], reduce=True)
-        held: dict[str, float] = {}
+        measured: dict[str, float] = {}
         if holdout is not None:
             with accelerator.autocast():
-                held = evaluate(final, holdout, data.mean, data.std, accelerator)
+                measured = evaluate(final, holdout, data.mean, data.std, accelerator)
         if accelerator.is_main_process:
             row = {
                 "epoch": epoch + 1,
                 "loss": float(sums[0]),
                 "train_accuracy": float(sums[1]),
-                "holdout_accuracy": held.get("accuracy"),
-                "holdout_loss": held.get("loss"),
+                "holdout_accuracy": measured.get("accuracy"),
+                "holdout_loss": measured.get("loss"),
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started, 2),
             }
             folder.log(row)
             folder.touch()
-            held_text = f", held-out accuracy {100 * held['accuracy']:.2f} %" if held else ""
+            held_text = f", held-out accuracy {100 * measured['accuracy']:.2f} %" if measured else ""
             _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
                       row["seconds"])  # fmt: skip
         _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)
 
     final = create_network(config, layout, data).to(device)
     final.load_state_dict((ema.module if ema is not None else model).state_dict())
-    with PartialState().local_main_process_first():
-        test = source.test()
     measured = evaluate(final, test.images, data.mean, data.std, accelerator)
     if accelerator.is_main_process:
         folder.touch()

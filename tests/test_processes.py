@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_scripts import QUICK, found, search
@@ -31,6 +33,7 @@ def run(script, *arguments, launcher=(sys.executable,), cwd=None, **environment)
         [*launcher, str(ROOT / script), *map(str, arguments)],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         timeout=200,
@@ -96,15 +99,147 @@ def test_processes_that_do_not_know_of_each_other_are_refused(image_folder, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def launched(tmp_path, **content):
+    """A launcher with a file as `accelerate config` writes it."""
+    alone = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1, "num_processes": 1}
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(yaml.safe_dump({**alone, **content}))
+    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file))
+
+
 def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
     """accelerate's launcher exports OMP_NUM_THREADS=1 unasked."""
-    launcher = (sys.executable, "-m", "accelerate.commands.launch")
+    launcher = launched(tmp_path, use_cpu=True, debug=True, enable_cpu_affinity=True, mixed_precision="bf16")
     settings = ["--dataset", image_folder, *QUICK[:-2], "--epochs", 1, "--output", "run"]
     done = run("search.py", *settings, launcher=launcher, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     segment = json.loads((tmp_path / "run" / "search.json").read_text())["segments"][0]
     assert segment["threads"] == len(os.sched_getaffinity(0))
+    assert segment["precision"] == "fp32", "the flag wins over the file"
     assert "retrain the winner:   accelerate launch train.py --from-search run" in done.stdout
+
+
+def test_training_compiles_where_the_file_says_so(image_folder, tmp_path):
+    """By a backend that needs no compiler."""
+    launcher = launched(tmp_path, use_cpu=True, dynamo_config={"dynamo_backend": "EAGER"})
+    settings = ["--dataset", image_folder, "--layout", "5-3-2", "--epochs", 1, "--batch-size", 16]
+    done = run("train.py", *settings, "--output", tmp_path / "run", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["segments"][0]["compiled"] == "eager"
+
+
+def test_fsdp_is_refused_where_it_is_known(image_folder, tmp_path):
+    """By torchrun inside accelerate's launcher, whose own report follows our line."""
+    launcher = launched(tmp_path, distributed_type="FSDP", use_cpu=False, fsdp_config={"fsdp_version": 1})
+    settings = ["--dataset", image_folder, *QUICK, "--output", tmp_path / "run"]
+    done = run("search.py", *settings, launcher=(*launcher, "--main_process_port", "0"))
+    assert "error: ACCELERATE_USE_FSDP=true is not supported: launch on one device" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def alive(pids):
+    """Those of some processes that still run."""
+    return [pid for pid in pids if (stat := Path(f"/proc/{pid}/stat")).exists() and ") Z" not in stat.read_text()]
+
+
+def descendants(pid):
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_run_and_its_readers_at_once_with_one_line(number, image_folder, tmp_path):
+    output = tmp_path / "run"
+    script, *settings = (
+        ("search.py", "--mixture-size", 2) if number == signal.SIGINT else ("train.py", "--layout", "5-3-2")
+    )
+    settings += ["--dataset", image_folder, "--epochs", 500, "--batch-size", 16, "--memory-limit", 0, "--workers", 2]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, settings), "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1"},  # left over, so it silences nothing
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: list(output.glob("checkpoint-*/complete.json")))
+    until(lambda: descendants(process.pid))
+    readers = descendants(process.pid)
+    process.send_signal(number)
+    error = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + number
+    last = error.splitlines()[-1]
+    epochs = re.fullmatch(
+        rf"ended by {number.name}; epoch (\d+) was the last whole one: start again with --output {output} --resume",
+        last,
+    )
+    assert (output / f"checkpoint-{epochs[1]}" / "complete.json").exists()
+    assert "Traceback" not in error
+    until(lambda: not alive(readers), 3)
+
+
+def test_processes_end_when_their_launcher_is_lost(image_folder, tmp_path):
+    output = tmp_path / "run"
+    settings = ["--dataset", image_folder, *QUICK, "--epochs", 500, "--output", output]
+    with (tmp_path / "error").open("w") as file:
+        launcher = subprocess.Popen(
+            [*torchrun(2), str(ROOT / "search.py"), *map(str, settings)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+            stderr=file,
+        )
+    until(lambda: list(output.glob("checkpoint-*/complete.json")))
+    workers = descendants(launcher.pid)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not alive(workers), 10)
+    error = (tmp_path / "error").read_text()
+    assert "Traceback" not in error
+    assert error.count("ended by the end of its launcher; epoch ") == 1
+
+
+EACH = """
+import os, sys
+from bmsn_zoo.search import main
+sys.exit(main([*sys.argv[1:], "--epochs", "0" if os.environ["RANK"] == "1" else "2"]))
+"""
+
+
+def test_error_of_a_later_process_is_said_and_ends_the_first_which_waits_for_it(image_folder, tmp_path):
+    (tmp_path / "each.py").write_text(EACH)
+    settings = ["--dataset", image_folder, *QUICK, "--output", tmp_path / "run"]
+    done = run(tmp_path / "each.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
+    assert done.stderr.count("error: [rank 1] epochs 0 is too small") == 1
+    assert "ended by SIGTERM\n" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_full_disk_is_one_line(image_folder, tmp_path):
+    """A limit on the size of files stands in for a full disk: weights do not fit, text does."""
+    settings = ["--dataset", image_folder, "--layout", "5-3-2", "--batch-size", 16, "--output", tmp_path / "run"]
+    done = run("train.py", *settings, launcher=(sys.executable, "-c", LIMITED, sys.executable))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: File too large: make room, or choose a place that can be written; "
+        f"no epoch was whole yet: start again with --output {tmp_path / 'run'} --resume"
+    )
 
 
 def test_import_is_light_and_offline():
@@ -157,12 +292,13 @@ def test_killed_and_resumed_equals_uninterrupted(script, image_folder, tmp_path)
     assert epochs == [1, 2, 3, 4, 5, 6]
 
 
-def test_recipe_with_unknown_key_as_a_process(image_folder, tmp_path):
+def test_mistake_is_one_line_of_utf8_in_any_locale(tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"dataset: {image_folder}\nsearch:\n  epoch: 3\n")
-    done = run("search.py", "--recipe", recipe, "--output", tmp_path / "run")
+    recipe.write_text("search:\n  epöchs: 3\n", encoding="utf-8")
+    locale = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = run("search.py", "--recipe", recipe, "--output", tmp_path / "run", **locale)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: recipe {recipe} has the unknown setting 'epoch': did you mean epochs?"
+        f"error: recipe {recipe} has the unknown setting 'epöchs': did you mean epochs?"
     ]
     assert not (tmp_path / "run").exists()

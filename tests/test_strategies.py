@@ -1,15 +1,23 @@
+"""Who is trained next: the balanced mixture, and strategies of one's own."""
+
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from bmsn_zoo.strategies import BalancedMixture
+from bmsn_zoo import search
+from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.results import SearchResult
+from bmsn_zoo.strategies import STRATEGIES, BalancedMixture, Draw
 
 ALL = range(4)
 
 
 def strategy(layouts=6, supernets=4, seed=0, max_sharpness=20.0, random_scores=True):
-    made = BalancedMixture(layouts, supernets, max_sharpness, score_momentum=0.9, seed=seed)
+    config = SearchConfig(mixture_size=supernets, max_sharpness=max_sharpness, score_momentum=0.9, seed=seed)
+    made = BalancedMixture(layouts, config)
     if random_scores:
         made.scores.copy_(torch.rand(layouts, supernets, generator=torch.Generator().manual_seed(1)))
     return made
@@ -32,7 +40,7 @@ def agrees(observed, probabilities):
     return chisquare(groups[0][keep], groups[1][keep]).pvalue > 1e-3
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_draws_depend_on_seed_step_and_scores_alone():
     first, second, other = strategy(seed=3), strategy(seed=3), strategy(seed=4)
     backwards = {step: second.draw(step, 0.5, ALL) for step in reversed(range(50))}
     np.random.seed(9)
@@ -68,7 +76,7 @@ def test_owners_together_draw_what_one_process_does():
 
 def test_one_supernet_is_plain_one_shot_search():
     made = strategy(layouts=36, supernets=1)
-    assert made.usage(1.0) == [1.0]
+    assert made.report(1.0)["usage"] == [1.0]
     assert agrees(counts(made, range(1)), np.ones((36, 1)))
 
 
@@ -89,7 +97,7 @@ def test_sharpness_grows_linearly_from_one():
 def test_usage_is_balanced_all_along(supernets):
     made = strategy(layouts=36, supernets=supernets, max_sharpness=300)
     for progress in np.linspace(0, 1, 5):
-        assert made.usage(progress) == pytest.approx([1 / supernets] * supernets, rel=0.01)
+        assert made.report(progress)["usage"] == pytest.approx([1 / supernets] * supernets, rel=0.01)
 
 
 def test_update_smooths_the_score_of_what_was_drawn():
@@ -110,11 +118,79 @@ def test_learning_changes_what_is_drawn():
     assert all(assignment[layout, layout % 4] > assignment[layout, (layout + 1) % 4] for layout in range(6))
 
 
-def test_state_round_trip():
-    made, again = strategy(), strategy(random_scores=False)
-    state = made.state_dict()
-    again.load_state_dict(state)
-    assert torch.equal(again.scores, made.scores)
-    assert [again.draw(s, 0.7, ALL) for s in range(20)] == [made.draw(s, 0.7, ALL) for s in range(20)]
-    made.update(made.draw(0, 0, ALL), 0.0)
-    assert torch.equal(again.scores, state["scores"]), "the state is a copy"
+def test_a_restored_state_goes_on_bit_for_bit():
+    """The state includes where balancing starts, or draws near a boundary would part after resuming."""
+    made, again = strategy(max_sharpness=100), strategy(random_scores=False, max_sharpness=100)
+    for step in range(300):
+        if step == 150:
+            state = made.state_dict()
+            again.load_state_dict(state)
+        drawn = made.draw(step, step / 300, ALL)
+        assert step < 150 or again.draw(step, step / 300, ALL) == drawn
+        for each in (made, again):
+            each.update(drawn, (step * 7 % 10) / 10)
+    assert torch.equal(again.state_dict()["offset"], made.state_dict()["offset"])
+    assert again.result() == made.result()
+    assert not torch.equal(again.scores, state["scores"]), "the state is a copy"
+
+
+def test_reporting_leaves_later_draws_alone():
+    """Only the main process may report."""
+    quiet, asked = strategy(), strategy()
+    for step in range(50):
+        asked.report(step / 50), asked.result()
+        assert asked.draw(step, step / 50, ALL) == quiet.draw(step, step / 50, ALL)
+    assert torch.equal(asked.state_dict()["offset"], quiet.state_dict()["offset"])
+
+
+def test_owners_exchange_what_they_learned():
+    first, second = strategy(), strategy()
+    first.scores[:, :2], second.scores[:, 2:] = 0.1, 0.9
+    rows = torch.cat([first.scores[:, :2].T, second.scores[:, 2:].T])
+    first.draw(0, 0.5, range(2))
+    for each, owned in ((first, range(2)), (second, range(2, 4))):
+        each.exchange(owned, lambda mine, owned=owned: rows if torch.equal(mine, rows[owned]) else None)
+    assert torch.equal(first.scores, second.scores)
+    assert (first.scores == torch.tensor([0.1, 0.1, 0.9, 0.9], dtype=torch.float64)).all()
+    assert all(torch.equal(first.state_dict()[key], second.state_dict()[key]) for key in ("scores", "offset"))
+
+
+class Alternating:
+    """A strategy of one's own: layouts and supernets in turn."""
+
+    def __init__(self, num_layouts, config):
+        self.sizes, self.seen = (num_layouts, config.mixture_size), torch.zeros(num_layouts, config.mixture_size)
+
+    def draw(self, step, progress, owned):
+        return Draw(step % self.sizes[0], owned[step % len(owned)])
+
+    def update(self, draw, accuracy):
+        self.seen[draw] += 1
+
+    def exchange(self, owned, gather):
+        self.seen.copy_(gather(self.seen[:, owned.start : owned.stop].T.contiguous()).T)
+
+    def report(self, progress):
+        return {"seen": self.seen.count_nonzero().item()}
+
+    def result(self):
+        return {"assignment_matrix": (self.seen / self.seen.sum()).tolist(), "scores": self.seen.clamp_max(1).tolist()}
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen.copy_(state["seen"])
+
+
+def test_a_strategy_of_ones_own_is_a_line_in_the_registry(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(STRATEGIES, "alternating", Alternating)
+    settings = ["--dataset", str(image_folder), "--batch-size", "16", "--mixture-size", "2", "--epochs", "2"]
+    settings += ["--mixed-precision", "no", "--strategy"]
+    assert search.main([*settings, "alternating", "--output", str(tmp_path / "run")]) == 0
+    result = SearchResult.read(tmp_path / "run" / "search.json")
+    assert result.settings["strategy"] == "alternating"
+    assert [row.index(1) for row in result.scores[:4]] == [0, 1, 0, 1]
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["seen"] == 4
+    assert search.main([*settings, "mine", "--output", str(tmp_path / "no")]) == 2
+    assert "strategy 'mine' is unknown: use balanced or alternating" in capsys.readouterr().err

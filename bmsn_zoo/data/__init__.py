@@ -7,11 +7,13 @@ from .batches import (
     SCORE_ORDER,
     Augmentation,
     ImageSet,
+    check_batch_size,
     even_batches,
     normalise,
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
 )
 from .pixels import channel_statistics, to_pixels
 from .sources import DataSource, ImageData
@@ -26,10 +28,12 @@ __all__ = [
     "ImageData",
     "ImageSet",
     "channel_statistics",
+    "check_batch_size",
     "even_batches",
     "normalise",
     "random_stream",
     "shuffled_batches",
     "stratified_split",
+    "to_device",
     "to_pixels",
 ]

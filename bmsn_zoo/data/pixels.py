@@ -5,16 +5,18 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,21 +25,40 @@ from ..errors import InputError, first_line
 
 _log = logging.getLogger(__name__)
 _CHUNK = 500  # images that a worker decodes at a time
+_TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation to PIL's Transpose
+Scale = tuple[float, float]  # values of black and of white
 
 
-def to_pixels(image: Image.Image, size: int, in_chans: int) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, in_chans: int, scales: Mapping[str, Scale] | None = None) -> np.ndarray:
     """One image of any kind as a (size, size, in_chans) array of bytes.
 
-    The rule: turned upright as its EXIF data says; transparency laid on white; 16-bit gray scaled down to 8; made
-    RGB or gray; the shorter side resized to `size` (bicubic), then the middle square cut out.
+    The rule: turned upright as its EXIF data says; more than 8 bits a channel scaled down to 8, see `find_scale`;
+    transparency laid on white; made RGB or gray; the shorter side resized to `size` (bicubic), then the middle
+    square cut out.
+
+    Args:
+        image: any image.
+        size: side of the square in pixels.
+        in_chans: 3 for colour, 1 for gray.
+        scales: black and white of the modes of more than 8 bits, the same for a whole set; this image's own if None.
+
+    Raises:
+        ValueError: for values that are not finite, or a mode of more than 8 bits that `scales` lacks.
     """
     image.load()  # EXIF data may come last
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
+    orientation = None
+    with contextlib.suppress(Exception):  # damaged EXIF data says nothing about the pixels
+        orientation = _TURNS.get(image.getexif()[ExifTags.Base.Orientation])
+    if orientation is not None:  # exif_transpose would fail where it cannot write the rest of the data again
+        image = image.transpose(Image.Transpose(orientation))
+    if (mode := deep_mode(image)) is not None:
         values = np.asarray(image, dtype=np.float64)
-        scaled = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
-        image = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinite values")
+        if scales is not None and mode not in scales and mode != "I;16":
+            raise ValueError(f"its values are of type {mode}, unlike those of the images that were looked at first")
+        black, white = (scales or {}).get(mode) or find_scale(mode, values.min(), values.max())
+        image = Image.fromarray((255 * (values - black) / (white - black)).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -60,8 +81,28 @@ def _cut_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-# whatever Pillow's decoders raise for a damaged file
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+def deep_mode(image: Image.Image) -> str | None:
+    """Which kind of more than 8 bits a channel an image is: "I;16", "I" (int32), "F" (float32), or None."""
+    return "I;16" if image.mode.startswith("I;16") else image.mode if image.mode in ("I", "F") else None
+
+
+def find_scale(mode: str, low: float, high: float) -> Scale:
+    """Values of black and white of a set of images of more than 8 bits a channel.
+
+    Unsigned 16-bit images always run from 0 to 65,535. For int32 and float32, white is the first of 1, 2, 4, 8, 16,
+    and 2^n - 1 from 255 on, that the values exceed by no more than a tenth, which is cut off; black is 0, or -white
+    if there are negative values beyond a tenth of it.
+
+    Args:
+        mode: as `deep_mode` names it.
+        low: smallest value of some images of the set.
+        high: largest value of them.
+    """
+    if mode == "I;16":
+        return 0.0, 65535.0
+    bits = math.ceil(math.log2(max(high, -low, 1.0) / 1.1))
+    white = 2.0**bits if bits <= 4 else 2.0 ** max(bits, 8) - 1
+    return (-white if low < -white / 10 else 0.0), white
 
 
 def open_image(value: dict[str, Any] | None, likely: str | None = None) -> Image.Image:
@@ -76,27 +117,78 @@ def open_image(value: dict[str, Any] | None, likely: str | None = None) -> Image
 
 
 class RowReader(Dataset):
-    """Rows of a Hugging Face data set as pixels; an unreadable image comes back as the text of its error."""
+    """Rows of a split as pixels; an unreadable image comes back as the text of its error.
 
-    def __init__(self, source: datasets.Dataset, column: str, size: int, in_chans: int) -> None:
+    Args:
+        source: the split.
+        column: of the images.
+        split: name of the split, for errors.
+        rows: those to read, in the order of their positions here.
+        size: side of the square of pixels.
+        in_chans: 3 for colour, 1 for gray.
+        scales: black and white of the modes of more than 8 bits, see `find_scale`.
+    """
+
+    def __init__(
+        self,
+        source: datasets.Dataset,
+        column: str,
+        split: str,
+        rows: np.ndarray,
+        size: int = 1,
+        in_chans: int = 3,
+        scales: Mapping[str, Scale] | None = None,
+    ) -> None:
         self.source = source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.column, self.size, self.in_chans = column, size, in_chans
+        self.column, self.split, self.rows, self.size, self.in_chans = column, split, rows, size, in_chans
+        self.scales = scales
         self.likely: str | None = None  # the format of the last image
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
-    def __getitems__(self, rows: Sequence[int]) -> list[np.ndarray | str]:
-        values = self.source[[int(row) for row in rows]][self.column]
-        return [self._read(row, value) for row, value in zip(rows, values, strict=True)]
+    def __getitems__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
+        try:
+            values = self.values(positions)
+        except Exception as error:  # not an image but the file of all of them is damaged
+            return [f"the images of split {self.split!r} cannot be read: {first_line(error)}"]
+        return [self._read(row, value) for row, value in zip(self.rows[positions], values, strict=True)]
+
+    def values(self, positions: Sequence[int]) -> list[dict[str, Any] | None]:
+        """What the data set holds at some positions, undecoded."""
+        return self.source[self.rows[positions].tolist()][self.column]
+
+    def fault(self, row: int, value: dict[str, Any] | None, error: Exception) -> str:
+        """Which image of the user's set cannot be read, and why."""
+        file = f" ({value['path']})" if value and value["path"] else ""
+        reason = first_line(error) or type(error).__name__
+        return f"the image in row {row} of split {self.split!r}{file} cannot be read: {reason}"
 
     def _read(self, row: int, value: dict[str, Any] | None) -> np.ndarray | str:
         try:
             with open_image(value, self.likely) as image:
                 self.likely = image.format
-                return to_pixels(image, self.size, self.in_chans)
-        except IMAGE_ERRORS as error:
-            return f"the image in row {row} cannot be read: {first_line(error)}"
+                return to_pixels(image, self.size, self.in_chans, self.scales)
+        except Exception as error:  # decoders of damaged files raise anything
+            return self.fault(row, value, error)
+
+    def files(self) -> list[tuple[str, int, int]] | None:
+        """Path, size in bytes and time in ns of the files that hold the images; None if memory alone holds some."""
+        paths = [file["filename"] for file in self.source.cache_files]
+        for chunk in self.source.data.column(self.column).chunks:
+            outside = chunk.field("bytes").is_null()
+            if not self.source.cache_files and outside.false_count:
+                return None
+            paths += chunk.filter(outside).field("path").drop_null().to_pylist()
+        return [(path, *_size_and_time(path)) for path in paths]
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # reading it will say so
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _stack(rows: list[np.ndarray | str]) -> Tensor | str:
@@ -104,17 +196,30 @@ def _stack(rows: list[np.ndarray | str]) -> Tensor | str:
     return bad[0] if bad else torch.from_numpy(np.stack(cast(list[np.ndarray], rows)))
 
 
-def read_rows(reader: RowReader, batches: Sequence[np.ndarray], workers: int) -> Iterator[Tensor]:
-    """Decode batches of rows in worker processes.
+class RowLoader:
+    """Decodes batches of rows in worker processes, which stay until this object goes."""
 
-    Raises:
-        InputError: for the first image that cannot be read.
-    """
-    loader = DataLoader(reader, batch_sampler=batches, num_workers=workers, collate_fn=_stack)  # type: ignore[arg-type]
-    for images in loader:
-        if isinstance(images, str):
-            raise InputError(f"data set: {images}: remove or repair it")
-        yield images
+    def __init__(self, reader: RowReader, workers: int) -> None:
+        self.order: list[np.ndarray] = []
+        self.loader = DataLoader(
+            reader,
+            batch_sampler=self.order,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_stack,
+            persistent_workers=workers > 0,
+        )
+
+    def read(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Pixels of each batch of positions, in turn.
+
+        Raises:
+            InputError: for the first image that cannot be read.
+        """
+        self.order[:] = batches
+        for images in self.loader:
+            if isinstance(images, str):
+                raise InputError(f"data set: {images}: remove or repair it")
+            yield images
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -131,37 +236,51 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(round(float(v), 5) for v in mean), tuple(round(float(v), 5) for v in std)
 
 
-def cached_pixels(source: datasets.Dataset, reader: RowReader, workers: int) -> tuple[Tensor, dict[str, Any]]:
+def cached_pixels(reader: RowReader, workers: int) -> tuple[Tensor, dict[str, Any]]:
     """All images decoded, from the cache beside the data sets' own if they are there.
+
+    A cache file is named by the files that its images come from, so that it never serves others.
 
     Returns:
         bytes (N, H, W, C), and a dictionary of their `mean`, `std` and `sha256`.
     """
-    key = json.dumps([2, source._fingerprint, reader.column, reader.size, reader.in_chans])
+    count, files = len(reader), reader.files()
+    shape = (count, reader.size, reader.size, reader.in_chans)
+    rows = hashlib.sha256(reader.rows.tobytes()).hexdigest()
+    key = hashlib.sha256(json.dumps([3, files, rows, reader.column, shape, reader.scales]).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bmsn_zoo_pixels"
-    path = folder / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".safetensors")
-    if path.exists():
+    path = folder / f"{key[:32]}.safetensors"
+    if files is not None and path.exists():
         try:
             with safe_open(str(path), "pt") as file:
-                return file.get_tensor("pixels"), json.loads(file.metadata()["statistics"])
-        except (SafetensorError, KeyError, OSError) as error:
-            _log.warning("ignoring the damaged cache file %s: %s", path, error)
+                pixels, (check, text) = file.get_tensor("pixels"), json.loads(file.metadata()["checked"])
+            if pixels.shape != shape or check != _check(pixels, key, text):
+                raise ValueError("it holds something else")
+            return pixels, json.loads(text)
+        except Exception as error:  # there is no end to what damage makes the readers raise
+            _log.warning("ignoring the damaged cache file %s: %s", path, first_line(error))
 
-    count = len(reader)
-    pixels = torch.empty(count, reader.size, reader.size, reader.in_chans, dtype=torch.uint8)
+    pixels = torch.empty(shape, dtype=torch.uint8)
     chunks = np.array_split(np.arange(count), -(-count // _CHUNK))
     done = 0
-    for chunk in read_rows(reader, chunks, workers if len(chunks) > 1 else 0):
+    for chunk in RowLoader(reader, workers if len(chunks) > 1 else 0).read(chunks):
         pixels[done : done + len(chunk)] = chunk
         done += len(chunk)
     mean, std = channel_statistics(pixels)
-    meta = {"mean": mean, "std": std, "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
-    if source.cache_files:  # a data set made in memory has no cache
+    statistics = {"mean": mean, "std": std, "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
+    if files is not None:
+        partial, text = path.with_suffix(f".{os.getpid()}"), json.dumps(statistics)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file({"pixels": pixels}, partial, metadata={"statistics": json.dumps(meta)})
+            save_file({"pixels": pixels}, partial, {"checked": json.dumps([_check(pixels, key, text), text])})
             os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            _log.warning("cannot cache the decoded images in %s: %s", folder, error)
-    return pixels, meta
+        except Exception as error:  # a full disk, whatever names it
+            _log.warning("cannot cache the decoded images in %s: %s", folder, first_line(error))
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+    return pixels, statistics
+
+
+def _check(pixels: Tensor, key: str, statistics: str) -> str:
+    """A fast hash of what a cache file holds."""
+    return Hasher.hash_bytes([f"{key}{statistics}".encode(), pixels.numpy().data])

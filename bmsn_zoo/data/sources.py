@@ -1,22 +1,21 @@
-"""Any Hugging Face image data set, by its columns and splits."""
+"""The splits of any Hugging Face image data set: their columns, classes and images."""
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from PIL import Image
 
 from ..config import DataConfig
-from ..errors import InputError, first_line
+from ..errors import InputError, brief
 from .batches import SPLIT, ImageSet, random_stream, stratified_split
-from .pixels import IMAGE_ERRORS, RowReader, cached_pixels, channel_statistics, open_image, read_rows
+from .loading import default_test_split, load_splits
+from .pixels import RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image
 
 _STATISTICS_SAMPLE = 4096  # images from which the mean and deviation of a streamed set are measured
+_SCALE_SAMPLE = 128  # images from which the range of values of more than 8 bits is found
 
 
 @dataclass(frozen=True)
@@ -52,48 +51,79 @@ class DataSource:
     def __init__(self, config: DataConfig, threads: int) -> None:
         self.config = config
         self.workers = threads if config.workers is None else config.workers
-        here = config.dataset == "digits" or Path(config.dataset).expanduser().exists()
-        self.on_hub = config.dataset_id is not None or not here
-        splits = _load_splits(config)
-        self.train_source = _take_split(splits, config.train_split, config)
-        features = self.train_source.features
-        self.image_column = _find_column(features, config.image_column, "image", config.dataset)
-        self.label_column = _find_column(features, config.label_column, "label", config.dataset)
-        if len(self.train_source) == 0:
-            raise InputError(f"dataset {config.dataset!r} is empty: split {config.train_split!r} has no images")
-        self.label_names = _label_names(self.train_source, self.label_column)
+        splits, self.on_hub = load_splits(config)
+        train, name = self._take_split(splits, config.train_split), repr(config.dataset)
+        self.image_column = _find_column(train.features, config.image_column, "image", name)
+        self.label_column = _find_column(train.features, config.label_column, "label", name)
+        if len(train) == 0:
+            raise InputError(f"dataset {name} is empty: split {config.train_split!r} has no images")
+        self.label_names = _label_names(train, self.label_column)
+        labels, rows = self._labels(train, config.train_split), np.arange(len(train))
 
-        test_name = config.test_split
-        if test_name is None:
-            test_name = next((n for n in ("test", "validation", "valid", "val") if n in splits), None)
+        test_name = config.test_split or default_test_split(splits)
         self.test_split = test_name or "a fixed fifth of the training images"
-        if test_name is not None:
-            self.test_source = _take_split(splits, test_name, config)
+        if test_name is None:
+            rows, held_out = stratified_split(
+                labels, 0.2, 0, "a test fifth and the training images", names=self.label_names
+            )
+            self._test = train, config.train_split, held_out
+        else:
             if test_name == config.train_split:
                 raise InputError(f"test-split {test_name!r} is the training split too: the test must be held out")
-        else:
-            labels = self._labels(self.train_source)
-            rest, test = stratified_split(labels, 0.2, seed=0, what="a test fifth and the training images")
-            self.test_source = self.train_source.select(test)
-            self.train_source = self.train_source.select(rest)
-        if config.limit is not None and config.limit < len(self.train_source):
-            labels = self._labels(self.train_source)
-            kept = _stratified_sample(labels, config.limit)
-            self.train_source = self.train_source.select(kept)
-        present = np.unique(self._labels(self.train_source))
+            test = self._take_split(splits, test_name)
+            self._test = test, test_name, np.arange(len(test))
+        if config.limit is not None and config.limit < len(rows):
+            rows = rows[_stratified_sample(labels[rows], config.limit)]
+        self.train_source, self.train_rows = train, rows
+        self._train = train, config.train_split, rows
+        present = np.unique(labels[rows])
         if len(present) < 2:
+            raise InputError(f"dataset {name} has one class, {self.label_names[present[0]]!r}: two or more are needed")
+        size, self._scales = self._look()
+        self.image_size = config.image_size or size
+        if config.crop_padding >= self.image_size:
             raise InputError(
-                f"dataset {config.dataset!r} has one class, {self.label_names[present[0]]!r}: two or more are needed"
+                f"crop-padding {config.crop_padding} would cut whole images of {self.image_size} pixels away: use less"
             )
-        self.image_size = config.image_size or self._first_size()
 
     def train(self) -> ImageData:
         """All training images, with their statistics."""
-        return self._load(self.train_source)
+        return self._load(*self._train)
 
-    def test(self) -> ImageData:
-        """The test images; search never calls this."""
-        return self._load(self.test_source)
+    def test(self, check: bool = False) -> ImageData:
+        """The test images; search never calls this. `check` reads every one, even if they will be streamed."""
+        table, name, _ = self._test
+        for column, kind in ((self.image_column, "image"), (self.label_column, "label")):
+            _find_column(table.features, column, kind, f"{self.config.dataset!r}, split {name!r},")
+        if len(table) == 0:
+            raise InputError(f"dataset {self.config.dataset!r} has no images in its split {name!r}")
+        data = self._load(*self._test)
+        if check and data.images.pixels is None:
+            for _ in data.images.batches(np.array_split(np.arange(len(data.images)), -(-len(data.images) // 64))):
+                pass
+        return data
+
+    def summary(self) -> str:
+        """One line that says what is learned from what, and what is held out."""
+        names = ", ".join(self.label_names[:10]) + (", ..." if len(self.label_names) > 10 else "")
+        table, split, rows = self._train
+        others = [n for n, feature in table.features.items() if n != self.label_column and _is_label(feature)]
+        unused = f", not {' or '.join(map(repr, others))}" if others else ""
+        held = f"split {self._test[1]!r}" if self._test[1] != split else self.test_split
+        return (
+            f"data set {self.config.dataset}: {len(self.label_names)} classes of column {self.label_column!r}{unused} "
+            f"({names}); {len(rows)} training images of split {split!r}; {len(self._test[2])} test images: {held}"
+        )
+
+    def identity(self, data: ImageData) -> dict[str, Any]:
+        """What a run must find unchanged when it is resumed; the test images are no part of it."""
+        return {
+            "fingerprint": data.fingerprint,
+            "label_names": data.label_names,
+            "images": len(data.images),
+            "image_size": self.image_size,
+            "in_chans": self.config.in_chans,
+        }
 
     def describe(self, data: ImageData) -> dict[str, Any]:
         """The data set as result files name it: id, fingerprint, columns, image format and statistics."""
@@ -111,133 +141,104 @@ class DataSource:
             "std": list(data.std),
         }
 
-    def _labels(self, source: datasets.Dataset) -> np.ndarray:
-        """Class index of every row, int64."""
-        column = source.select_columns([self.label_column])
-        if len(source) and column.with_format("arrow")[:].column(0).null_count:
-            raise InputError(f"dataset {self.config.dataset!r} has unlabelled images: choose a split that has labels")
-        values = column.with_format("numpy")[:][self.label_column]
-        if isinstance(source.features[self.label_column], datasets.ClassLabel):
-            labels = np.asarray(values, dtype=np.int64)
-        else:
-            index = {name: position for position, name in enumerate(self.label_names)}
-            unknown = sorted({str(value) for value in values} - set(index))
-            if unknown:
-                raise InputError(f"label {unknown[0]!r} occurs in no training image of {self.config.dataset!r}")
-            labels = np.array([index[str(value)] for value in values], dtype=np.int64)
-        if len(labels) and labels.min() < 0:
-            raise InputError(f"dataset {self.config.dataset!r} has unlabelled images: choose a split that has labels")
-        return labels
+    def _take_split(self, splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
+        if name not in splits:
+            raise InputError(f"dataset {self.config.dataset!r} has no split {name!r}: it has {', '.join(splits)}")
+        return splits[name]
 
-    def _first_size(self) -> int:
-        value = RowReader(self.train_source, self.image_column, 1, 3).source[0][self.image_column]
-        try:
-            with open_image(value) as image:
-                return min(*image.size, 224)
-        except IMAGE_ERRORS as error:
-            raise InputError(f"data set: the image in row 0 cannot be read: {first_line(error)}") from None
+    def _labels(self, table: datasets.Dataset, split: str) -> np.ndarray:
+        """Class index of every row, int64; classes are matched by name, whatever their order in this split."""
+        names, where = _class_names(table, self.label_column), f"split {split!r} of dataset {self.config.dataset!r}"
+        codes = table.data.column(self.label_column).combine_chunks().dictionary_encode()
+        values = codes.dictionary.to_pylist()
+        if codes.null_count or (names is not None and any(value < 0 for value in values)):
+            raise InputError(f"{where} has unlabelled images: choose a split that has labels")
+        if names is not None and max(values) >= len(names):
+            raise InputError(f"{where} has the label {max(values)}, but {len(names)} classes, from 0 on: repair it")
+        values = [str(value) if names is None else names[value] for value in values]
+        index = {name: position for position, name in enumerate(self.label_names)}
+        unknown = sorted(set(values) - set(index))
+        if unknown:
+            raise InputError(f"{where}: label {brief(unknown[0])} occurs in no training image: relabel or remove it")
+        return np.array([index[value] for value in values])[codes.indices.to_numpy()]
 
-    def _load(self, source: datasets.Dataset) -> ImageData:
+    def _look(self) -> tuple[int, dict[str, tuple[float, float]]]:
+        """Shorter side of the first training image, within reason, and the scales of values of more than 8 bits."""
+        table, split, rows = self._train
+        reader = RowReader(table, self.image_column, split, rows)
+        sample = [0, *random_stream(0, SPLIT).permutation(len(rows))[:_SCALE_SAMPLE]]
+        size, found = 0, dict[str, list[float]]()
+        for position, value in zip(sample, reader.values(sample), strict=True):
+            try:
+                with open_image(value, reader.likely) as image:
+                    reader.likely = image.format
+                    size = size or min(*image.size, 224)
+                    if (mode := deep_mode(image)) is not None:
+                        pixels = np.asarray(image, dtype=np.float64)
+                        pixels = pixels[np.isfinite(pixels)]
+                        found.setdefault(mode, [0.0]).extend((pixels.min(initial=0), pixels.max(initial=0)))
+            except Exception as error:  # the others are named when all are read
+                if not size:
+                    raise InputError(f"data set: {reader.fault(rows[position], value, error)}") from None
+        return size, {mode: find_scale(mode, min(values), max(values)) for mode, values in found.items()}
+
+    def _load(self, table: datasets.Dataset, split: str, rows: np.ndarray) -> ImageData:
         size, in_chans = self.image_size, self.config.in_chans
-        reader = RowReader(source, self.image_column, size, in_chans)
-        labels = torch.from_numpy(self._labels(source))
-        rows = np.arange(len(labels))
+        reader = RowReader(table, self.image_column, split, rows, size, in_chans, self._scales)
+        labels, places = torch.from_numpy(self._labels(table, split)[rows]), np.arange(len(rows))
         if len(rows) * size * size * in_chans > self.config.memory_limit * 2**30:
-            sample = random_stream(0, SPLIT).permutation(rows)[:_STATISTICS_SAMPLE]
-            pixels = torch.cat(list(read_rows(reader, np.array_split(sample, -(-len(sample) // 64)), self.workers)))
-            mean, std = channel_statistics(pixels)
+            images = ImageSet(labels, places, None, reader, self.workers)
+            sample = random_stream(0, SPLIT).permutation(places)[:_STATISTICS_SAMPLE]
+            chunks = np.array_split(sample, -(-len(sample) // 64))
+            mean, std = channel_statistics(torch.cat([pixels for pixels, _ in images.batches(chunks)]))
             fingerprint = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-            images = ImageSet(labels, rows, None, reader, self.workers)
         else:
-            pixels, meta = cached_pixels(source, reader, self.workers)
+            pixels, meta = cached_pixels(reader, self.workers)
+            images = ImageSet(labels, places, pixels, reader, self.workers)
             mean, std = tuple(meta["mean"]), tuple(meta["std"])
             fingerprint = hashlib.sha256((meta["sha256"] + str(labels.tolist())).encode()).hexdigest()
-            images = ImageSet(labels, rows, pixels, reader, self.workers)
         return ImageData(images, self.label_names, mean, std, fingerprint[:16], size)
-
-
-def _load_splits(config: DataConfig) -> datasets.DatasetDict:
-    name, path = config.dataset, Path(config.dataset).expanduser()
-    if name == "digits" and not path.exists():
-        return _digits()
-    if not name.strip():
-        raise InputError("dataset is empty: give a folder or a Hub id such as uoft-cs/cifar10")
-    if name.startswith((".", "/", "~")) and not path.is_dir():
-        raise InputError(f"dataset {name!r} is not a folder: give a folder or a Hub id such as uoft-cs/cifar10")
-    if path.is_dir() and not any(path.iterdir()):
-        raise InputError(f"dataset {name!r} is an empty folder: put images or parquet files there")
-    progress, verbosity = datasets.is_progress_bar_enabled(), hub_logging.get_verbosity()
-    datasets.disable_progress_bars()
-    hub_logging.set_verbosity_error()  # the error that follows says all that its retries would
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(
-                str(path) if path.is_dir() else name, name=config.dataset_config, revision=config.dataset_revision
-            )
-    except Exception as error:  # whatever a loader of any format raises is about the user's data set
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, IndexError) or "corresponds to no data" in reason:
-            reason = "it is empty"
-        raise InputError(f"dataset {name!r} cannot be loaded: {reason}") from None
-    finally:
-        hub_logging.set_verbosity(verbosity)
-        if progress:
-            datasets.enable_progress_bars()
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
-
-
-def _digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits (8x8, 16 grays), enlarged to 32x32; they come with the package."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    scaled = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(n) for n in range(10)]))
-    enlarged = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in scaled]
-    table = datasets.Dataset.from_dict({"image": enlarged, "label": labels.tolist()}, features=features)
-    return datasets.DatasetDict({"train": table})
-
-
-def _take_split(splits: datasets.DatasetDict, name: str, config: DataConfig) -> datasets.Dataset:
-    if name not in splits:
-        raise InputError(f"dataset {config.dataset!r} has no split {name!r}: it has {', '.join(splits)}")
-    return splits[name]
 
 
 def _find_column(features: datasets.Features, given: str | None, kind: str, dataset: str) -> str:
     if given is not None:
         if given not in features:
-            raise InputError(f"dataset {dataset!r} has no column {given!r}: it has {', '.join(features)}")
+            raise InputError(f"dataset {dataset} has no column {given!r}: it has {', '.join(features)}")
         found = [given]
     else:
         wanted = datasets.Image if kind == "image" else datasets.ClassLabel
         found = [name for name, feature in features.items() if isinstance(feature, wanted)]
         if not found and kind == "label":
-            found = [n for n, feature in features.items() if _is_plain_label(feature)]
+            found = [name for name, feature in features.items() if _is_label(feature)]
     if not found:
-        raise InputError(f"dataset {dataset!r} has no column of {kind}s: it has {', '.join(features)}")
+        raise InputError(f"dataset {dataset} has no column of {kind}s: it has {', '.join(features)}")
     if len(found) > 1:
-        raise InputError(f"dataset {dataset!r} has several {kind} columns: choose --{kind}-column {' or '.join(found)}")
+        raise InputError(f"dataset {dataset} has several {kind} columns: choose --{kind}-column {' or '.join(found)}")
     feature = features[found[0]]
     if kind == "image" and not isinstance(feature, datasets.Image):
-        raise InputError(f"column {found[0]!r} of dataset {dataset!r} holds no images")
-    if kind == "label" and not (isinstance(feature, datasets.ClassLabel) or _is_plain_label(feature)):
-        raise InputError(f"column {found[0]!r} of dataset {dataset!r} holds no class labels")
+        raise InputError(f"column {found[0]!r} of dataset {dataset} holds no images")
+    if kind == "label" and not _is_label(feature):
+        raise InputError(f"column {found[0]!r} of dataset {dataset} holds no class labels")
     return found[0]
 
 
-def _is_plain_label(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "bool"))
+def _is_label(feature: Any) -> bool:
+    plain = ("int", "uint", "string", "large_string", "bool")
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and feature.dtype.startswith(plain)
+    )
 
 
-def _label_names(source: datasets.Dataset, column: str) -> list[str]:
-    feature = source.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    values = [value for value in source.unique(column) if value is not None]
-    return [str(value) for value in sorted(values)]
+def _class_names(table: datasets.Dataset, column: str) -> list[str] | None:
+    feature = table.features[column]
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _label_names(table: datasets.Dataset, column: str) -> list[str]:
+    names = _class_names(table, column)
+    if names is not None:
+        return names
+    return [str(value) for value in sorted(value for value in table.unique(column) if value is not None)]
 
 
 def _stratified_sample(labels: np.ndarray, count: int) -> np.ndarray:

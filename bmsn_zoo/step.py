@@ -1,0 +1,95 @@
+"""One search step of a one-shot method: train on one batch, score on another. And how its values reach the host."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from .errors import InputError
+from .layout import Layout
+from .models import PoolingResNet
+
+T = TypeVar("T")
+
+
+class Trainer(NamedTuple):
+    """A supernet and what trains it; `network` is the supernet as accelerate prepared it."""
+
+    supernet: PoolingResNet
+    network: nn.Module
+    optimizer: AcceleratedOptimizer
+
+
+def train_and_score(
+    trainer: Trainer,
+    layout: Layout,
+    batch: tuple[Tensor, Tensor],
+    score_batch: tuple[Tensor, Tensor],
+    accelerator: Accelerator,
+) -> Tensor:
+    """Train a supernet with one layout, then score the two on other images (paper, Algorithm 1).
+
+    Args:
+        trainer: changed by one optimizer step.
+        layout: of this step.
+        batch: normalised images (B, C, H, W) and labels (B,) to train on, on the device.
+        score_batch: the same to score on.
+        accelerator: of this process.
+
+    Returns:
+        cross-entropy in nats and score accuracy, a fraction, as one tensor (2,) on the device.
+    """
+    trainer.supernet.set_layout(layout)
+    images, labels = batch
+    loss = nn.functional.cross_entropy(trainer.network(images), labels)
+    accelerator.backward(loss)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    with torch.no_grad():
+        images, labels = score_batch
+        correct = trainer.supernet(images).argmax(1) == labels  # not the wrapped network: no gradients to average
+        return torch.stack([loss.detach(), correct.float().mean()])
+
+
+class Lag(Generic[T]):
+    """Values on their way to the host, one step late: waiting for the step at hand would leave a GPU idle."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, about: T, values: Tensor, last: bool = False) -> Iterator[tuple[T, list[float]]]:
+        """Send the values of a step, and take those that have arrived: of the step before, and at the end of all."""
+        on_host = values.to("cpu", non_blocking=values.is_cuda)  # elsewhere nothing would say when they are there
+        event = None
+        if values.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((about, on_host, event))
+        while len(self._waiting) > (0 if last else 1):
+            before, arrived, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            yield before, arrived.tolist()
+
+
+def check_finite(loss: float, epoch: int, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Args:
+        loss: of one step, in nats.
+        epoch: of the step, from 0.
+        step: within the epoch, from 0.
+
+    Raises:
+        InputError: if the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}: try a lower lr, more warmup-epochs, or "
+            "mixed-precision no"
+        )

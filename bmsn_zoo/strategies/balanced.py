@@ -1,0 +1,89 @@
+"""The balanced mixture: every supernet trains the layouts that it serves best, and all are used equally."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..assignment import assign, update_score, usage
+from ..config import SearchConfig
+from .protocol import Draw
+
+
+class BalancedMixture:
+    """The balanced mixture of supernets (paper, Algorithm 1): uniform over layouts, balanced over supernets.
+
+    With one supernet this is plain single-path one-shot search.
+
+    Args:
+        num_layouts: L.
+        config: `mixture_size` M, `seed`, `score_momentum`, and `max_sharpness`, to which the sharpness grows.
+
+    Attributes:
+        scores: smoothed accuracies, float64 tensor of shape (L, M), starting at 1.
+    """
+
+    def __init__(self, num_layouts: int, config: SearchConfig) -> None:
+        self.scores = torch.ones(num_layouts, config.mixture_size, dtype=torch.float64)
+        self.config = config
+        # of the last draw: from one step to the next it hardly changes, so balancing starts where it ended
+        self._offset = torch.zeros(config.mixture_size, dtype=torch.float64)
+
+    def sharpness(self, progress: float) -> float:
+        """Factor on the scores, growing linearly from 1 at progress 0 to the maximum at progress 1."""
+        return 1 + (self.config.max_sharpness - 1) * progress
+
+    def assignment(self, progress: float) -> Tensor:
+        """p(supernet given layout) at this point of the search, shape (L, M)."""
+        return assign(self.scores, self.sharpness(progress), offset=self._offset.clone())
+
+    def draw(self, step: int, progress: float, owned: range) -> Draw:
+        """Draw layout and supernet, jointly p(layout) p(supernet | layout).
+
+        A process that owns only some supernets draws one of them uniformly, which balance makes exact, then the
+        layout from p(layout | supernet).
+        """
+        rng = np.random.default_rng((self.config.seed, step, 2))  # no stream of data.random_stream ends so
+        assignment = assign(self.scores, self.sharpness(progress), offset=self._offset).numpy()
+        num_layouts, mixture_size = assignment.shape
+        if len(owned) == mixture_size:
+            layout = int(rng.integers(num_layouts))
+            return Draw(layout, _pick(rng, assignment[layout]))
+        supernet = owned[int(rng.integers(len(owned)))]
+        return Draw(_pick(rng, assignment[:, supernet]), supernet)
+
+    def update(self, draw: Draw, accuracy: float) -> None:
+        """Smooth an accuracy into the score of what was drawn."""
+        update_score(self.scores, draw.layout, draw.supernet, accuracy, self.config.score_momentum)
+
+    def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
+        """Take the score columns of all supernets, each from its owner."""
+        self.scores.copy_(gather(self.scores[:, owned.start : owned.stop].T.contiguous()).T)
+        self._offset.zero_()  # each process had its own
+
+    def report(self, progress: float) -> dict[str, Any]:
+        """The sharpness, and the expected share of steps of every supernet: 1/M within a thousandth."""
+        return {"sharpness": self.sharpness(progress), "usage": usage(self.assignment(progress)).tolist()}
+
+    def result(self) -> dict[str, Any]:
+        """The assignment at the end of the search and the scores that it comes from, both (L, M)."""
+        return {"assignment_matrix": self.assignment(1.0).tolist(), "scores": self.scores.tolist()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the scores, and where balancing starts."""
+        return {"scores": self.scores.clone(), "offset": self._offset.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what `state_dict` gave."""
+        for own, saved in ((self.scores, state["scores"]), (self._offset, state["offset"])):
+            if own.shape != saved.shape:
+                raise ValueError(f"a state of shape {tuple(saved.shape)} is not {tuple(own.shape)}")
+            own.copy_(saved)
+
+
+def _pick(rng: np.random.Generator, weights: np.ndarray) -> int:
+    """An index with probability proportional to its weight."""
+    cumulative = np.cumsum(weights)
+    return int(min(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"), len(weights) - 1))

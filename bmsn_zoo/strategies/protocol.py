@@ -1,0 +1,45 @@
+"""What the search loop asks of a strategy; it knows nothing else of one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """What one search step trains: indices of a layout and of a supernet."""
+
+    layout: int
+    supernet: int
+
+
+class Strategy(Protocol):
+    """Who is trained next; with the same seed, steps and accuracies it draws the same on every process."""
+
+    def draw(self, step: int, progress: float, owned: range) -> Draw:
+        """The layout and supernet of a step; `progress` runs from 0 to 1 over the search, `owned` limits supernets."""
+        ...
+
+    def update(self, draw: Draw, accuracy: float) -> None:
+        """Learn the score-split accuracy, a fraction, of what was drawn."""
+        ...
+
+    def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
+        """Learn what the owners of other supernets did; `gather` joins all processes' rows, one for each supernet."""
+        ...
+
+    def report(self, progress: float) -> dict[str, Any]:
+        """What metrics.jsonl keeps of it after an epoch."""
+        ...
+
+    def result(self) -> dict[str, Any]:
+        """What search.json keeps of it."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that later draws depend on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what `state_dict` gave."""
+        ...
