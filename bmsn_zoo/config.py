@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -127,6 +128,8 @@ def _fault(config_class: type[DataConfig], error: ValidationError) -> str:
         return f"{flag} is empty: give a {kind.__name__}"
     if first["type"] == "value_error":
         return f"{flag} {first['msg'].removeprefix('Value error, ')}"
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
     finite = first["type"] != "finite_number" or kind is int
     return f"{flag} {brief(value)} is not {_WANTED[kind] if finite else 'a finite number'}"
 

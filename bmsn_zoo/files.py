@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,32 @@ _MOST_BYTES, _MOST_YAML = 256 << 20, 64 << 10  # no file of ours comes near
 _MOST_LEVELS = 16
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: readers see the old content or the new, never a part."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole, down to the disk: readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: if the disk is full, or nothing may be written there; it names the file.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        if os.name == "posix":  # the name too
+            home = os.open(path.parent, os.O_RDONLY)
+            os.fsync(home)
+            os.close(home)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,8 +20,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__
@@ -30,8 +28,9 @@ from .client import one_line
 from .config import Parser, add_push_flags, shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
-from .model_folder import MODEL_FILES, add, check_weights, load_model
+from .model_folder import MODEL_FILES, add, load_model
 from .results import SearchResult
+from .run_folder import load_tensors
 
 _log = logging.getLogger(__name__)
 # all of a search that is ever pushed
@@ -119,12 +118,7 @@ def load_supernets(name: str) -> tuple[SearchResult, dict[str, Tensor]]:
     """
     path, weights = fetch(name, "search.json", "supernets.safetensors")
     result = SearchResult.read(path, f"{name}: search.json")
-    try:
-        supernets = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{name}: supernets.safetensors is damaged: {first_line(error)}") from None
-    check_weights(supernets, {}, f"{name}: supernets.safetensors")
-    return result, supernets
+    return result, load_tensors(weights, f"{name}: supernets.safetensors")
 
 
 # push

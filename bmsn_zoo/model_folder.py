@@ -66,6 +66,7 @@ def save_model(
         model_args={"layout": model.layout},
         safe_serialization=True,
     )
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors hides what it writes
     checksum = {"weights_sha256": sha256(folder / "model.safetensors")}
     portable(metrics).model_copy(update=checksum).write(folder / "metrics.json")
     if search is not None:

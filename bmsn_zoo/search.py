@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import hub, report, runtime
@@ -38,8 +37,17 @@ from .evaluate import full_float32
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .ranking import build_result
-from .records import RunFolder, load_training_state, open_run, resolve_config, save_training_state
 from .results import SearchDataset, SearchResult
+from .run_folder import (
+    RunFolder,
+    last_precision,
+    load_tensors,
+    load_training_state,
+    open_run,
+    resolve_config,
+    save_tensors,
+    save_training_state,
+)
 from .search_space import SearchSpace
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import Draw, Strategy, create_strategy
@@ -119,15 +127,19 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     Raises:
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
-    parts = _prepare(config, output if resume else None)
-    accelerator, role, strategy = parts.accelerator, parts.role, parts.strategy
-    folder = open_run("search", output)
-    start_epoch = _restore(parts, folder) if resume else 0
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch})
+    accelerator = runtime.start(config, last_precision(output) if output and resume else None)
+    with open_run("search", output, resume) as folder:
+        _run(_prepare(config, folder, accelerator), folder)
+    return folder.path
 
-    for epoch in range(start_epoch, config.epochs):
+
+def _run(parts: _Search, folder: RunFolder) -> None:
+    config, accelerator, role, strategy = parts.config, parts.accelerator, parts.role, parts.strategy
+    folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv}, parts.source.identity(parts.data))
+    accelerator.wait_for_everyone()
+    _restore(parts, folder)
+
+    for epoch in range(folder.epoch, config.epochs):
         started = time.monotonic()
         steps = range(epoch * parts.epoch_steps, (epoch + 1) * parts.epoch_steps)[role.turns]
         bar = runtime.progress_bar(_batches(parts, epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
@@ -161,13 +173,11 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     if accelerator.is_main_process:
         _write_result(parts, folder, accuracy_matrix)
     accelerator.wait_for_everyone()
-    return folder.path
 
 
-def _prepare(config: SearchConfig, resumed: Path | None) -> _Search:
-    """Everything that a search needs before its first step; `resumed` is the folder of the run to continue."""
+def _prepare(config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> _Search:
+    """Everything that a search needs before its first step."""
     space = SearchSpace(config.model, config.default_layout)
-    accelerator = runtime.start(config, RunFolder(resumed).last_precision if resumed else None)
     role = _Role.of(config, accelerator)
 
     source = DataSource(config, torch.get_num_threads())
@@ -183,7 +193,7 @@ def _prepare(config: SearchConfig, resumed: Path | None) -> _Search:
     epoch_steps = role.epoch_steps(min(map(len, halves)), config.batch_size)
 
     mixture = Mixture(space, config.mixture_size, len(data.label_names), config.in_chans, config.seed)
-    if config.init_from and not (resumed and RunFolder(resumed).checkpoints()):
+    if config.init_from and not folder.epoch:
         _start_from(config.init_from, mixture, config)
     trainers = {m: _trainer(mixture.supernets[m], config, role, accelerator) for m in role.owned}
     strategy = create_strategy(len(space), config)
@@ -287,11 +297,11 @@ def _write_result(parts: _Search, folder: RunFolder, accuracy_matrix: Tensor) ->
     """Write search.json and what belongs to it, by the main process."""
     config, mixture, output = parts.config, parts.mixture, folder.path
     for m in set(range(len(mixture))) - set(parts.role.owned):  # the other owners' last checkpoints are theirs
-        load_training_state(folder.checkpoints()[-1] / f"supernet-{m}.safetensors", mixture.supernets[m])
+        load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
     meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
-    save_file(mixture.state_dict(), output / "supernets.safetensors", metadata=meta)
+    save_tensors(output / "supernets.safetensors", mixture.state_dict(), meta)
     weight_rows, score_rows = map(torch.from_numpy, parts.halves)
-    save_file({"weight_rows": weight_rows, "score_rows": score_rows}, output / "split.safetensors")
+    save_tensors(output / "split.safetensors", {"weight_rows": weight_rows, "score_rows": score_rows})
     folder.touch()
     described = parts.source.describe(parts.data)
     dataset = SearchDataset(**described, weight_images=len(weight_rows), score_images=len(score_rows))
@@ -308,7 +318,7 @@ def _write_result(parts: _Search, folder: RunFolder, accuracy_matrix: Tensor) ->
         peak_memory_mib=_peak_memory_mib(parts.accelerator.device),
     ).write(output / "search.json")
     report.draw_search(output)
-    folder.drop_checkpoints()
+    folder.finish()
 
 
 def _checkpoint(parts: _Search, folder: RunFolder, epoch: int) -> None:
@@ -323,20 +333,19 @@ def _checkpoint(parts: _Search, folder: RunFolder, epoch: int) -> None:
             save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_file(parts.strategy.state_dict(), path / "strategy.safetensors")
+        save_tensors(path / "strategy.safetensors", parts.strategy.state_dict())
         folder.complete_checkpoint(epoch, accelerator)
     accelerator.wait_for_everyone()
 
 
-def _restore(parts: _Search, folder: RunFolder) -> int:
-    """Load the last checkpoint, if there is one; returns the epochs it has seen."""
-    epoch = folder.resume_epoch("search.json", parts.accelerator)
-    if epoch:
-        path = folder.checkpoint(epoch)
+def _restore(parts: _Search, folder: RunFolder) -> None:
+    """Load the checkpoint to continue from, if there is one."""
+    if folder.epoch:
+        path = folder.checkpoint(folder.epoch)
+        folder.restore_scaler(parts.accelerator)
         for m, trainer in parts.trainers.items():
             load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
-        parts.strategy.load_state_dict(load_file(path / "strategy.safetensors"))
-    return epoch
+        parts.strategy.load_state_dict(load_tensors(path / "strategy.safetensors"))
 
 
 def _peak_memory_mib(device: torch.device) -> int | None:

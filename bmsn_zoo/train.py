@@ -40,15 +40,16 @@ from .layout import Layout
 from .model_folder import save_model
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
-from .records import (
+from .results import SearchResult, TrainDataset, TrainResult
+from .run_folder import (
     RunFolder,
     find_latest_search,
+    last_precision,
     load_training_state,
     open_run,
     resolve_config,
     save_training_state,
 )
-from .results import SearchResult, TrainDataset, TrainResult
 from .search_space import SearchSpace
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,13 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     Raises:
         InputError: for a setting that cannot be used; nothing is written then.
     """
+    accelerator = runtime.start(config, last_precision(output) if output and resume else None)
+    with open_run("train", output, resume) as folder:
+        _train(config, folder, accelerator)
+    return folder.path
+
+
+def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
     space = SearchSpace(config.model, config.layout)
     layout = space.default_layout
     found = hub.load_search(config.from_search) if config.from_search else None
@@ -89,7 +97,6 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         raise InputError(f"layout {layout} is none of those that the search {config.from_search} ranked")
     if config.onnx:
         require_onnx()
-    accelerator = runtime.start(config, RunFolder(output).last_precision if output and resume else None)
     device, shard = accelerator.device, (accelerator.process_index, accelerator.num_processes)
     share, rest = divmod(config.batch_size, shard[1])
     if rest or share < 2 or (share % 2 and (config.mixup or config.cutmix)):
@@ -130,14 +137,11 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         )
     criterion = SoftTargetCrossEntropy() if mix else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
-    folder = open_run("train", output)
-    output = folder.path
-    start_epoch = _restore(folder, model, optimizer, ema, accelerator) if resume else 0
+    folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv}, source.identity(data))
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv, "epoch": start_epoch})
+    _restore(folder, model, optimizer, ema, accelerator)
 
-    for epoch in range(start_epoch, config.epochs):
+    for epoch in range(folder.epoch, config.epochs):
         started = time.monotonic()
         torch.manual_seed(config.seed + epoch * shard[1] + shard[0])  # dropout, the only user of the global stream
         order = shuffled_batches(len(training), config.batch_size, random_stream(config.seed, ORDER, epoch), shard)
@@ -220,12 +224,11 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
                 **source.describe(data), test_split=source.test_split, test_fingerprint=test.fingerprint
             ),
         )
-        result.write(output / "metrics.json")
-        _publishable(output, final, data, result, found, config.onnx)
-        report.draw_training(output)
-        folder.drop_checkpoints()
+        result.write(folder.path / "metrics.json")
+        _publishable(folder.path, final, data, result, found, config.onnx)
+        report.draw_training(folder.path)
+        folder.finish()
     accelerator.wait_for_everyone()
-    return output
 
 
 def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
@@ -283,15 +286,14 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
     accelerator: Accelerator,
-) -> int:
-    """Load the last checkpoint, if there is one; returns the epochs it has seen."""
-    epoch = folder.resume_epoch("metrics.json", accelerator)
-    if epoch:
-        path = folder.checkpoint(epoch)
+) -> None:
+    """Load the checkpoint to continue from, if there is one."""
+    if folder.epoch:
+        path = folder.checkpoint(folder.epoch)
+        folder.restore_scaler(accelerator)
         load_training_state(path / "model.safetensors", model, optimizer)
         if ema is not None:
             load_training_state(path / "ema.safetensors", ema.module)
-    return epoch
 
 
 def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:

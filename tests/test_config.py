@@ -14,8 +14,11 @@ from bmsn_zoo.config import (
     load_recipe,
     shipped_folder,
 )
-from bmsn_zoo.records import resolve_config
+from bmsn_zoo.run_folder import RunFolder, resolve_config
 
+SEGMENT = dict(
+    processes=1, threads=2, precision="fp32", device="cpu", hardware="a CPU", versions={}, commit="c", command=[]
+)
 each_config = pytest.mark.parametrize("config_class", [SearchConfig, TrainConfig])
 SHIPPED = sorted(file.stem for file in shipped_folder("recipes").glob("*.yaml"))
 
@@ -318,7 +321,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     config = SearchConfig(epochs=5, lr=0.2, threads=3, limit=100)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    RunFolder(folder).begin(config, SEGMENT, {})
     return folder, config
 
 
@@ -352,13 +355,25 @@ def test_resume_of_nothing(run_folder, tmp_path):
         resolve_config(TrainConfig, {}, folder, True)
 
 
-@pytest.mark.parametrize("content", ["", "[", "just text", "- list", b"\xff\x00", "epochs: many"])
-def test_resume_of_a_damaged_config(run_folder, content):
+@pytest.mark.parametrize("content", ["", "[", "just text", "- list", b"\xff\x00", "epochs: many", "[" * 30_000])
+@pytest.mark.parametrize("file", ["config.yaml", "run.json"])
+def test_resume_of_a_damaged_config(run_folder, content, file):
     folder, _ = run_folder
-    (folder / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
         resolve_config(SearchConfig, {}, folder, True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("before", "after"), [("lr: 0.2", "lr: 0.1"), ("limit: 100", "limit: 99")])
+def test_settings_edited_between_stop_and_resume_are_noticed(run_folder, before, after):
+    folder, _ = run_folder
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("threads: 3", "threads: 1"))
+    assert resolve_config(SearchConfig, {}, folder, True).threads == 1, "the environment may change"
+    file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(InputError, match=rf"edited since the run began, {before.replace(':', '')} \(now"):
+        resolve_config(SearchConfig, {}, folder, True)
 
 
 def test_new_run_needs_a_folder_of_its_own(run_folder, tmp_path):

@@ -1,0 +1,517 @@
+"""The run folder: settings, metrics, checkpoints and results of one run, each written whole or not at all."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from .command import follow
+from .config import ConfigT, DataConfig, build_config
+from .errors import InputError, first_line
+from .files import read_json, read_yaml, sha256, write_bytes, write_json, write_text
+from .results import Count, Record, Segment, Settings
+
+_log = logging.getLogger(__name__)
+RUNS = Path("runs")
+_KEPT = 2  # whole checkpoints: the newer one may turn out to be damaged
+
+
+class RunState(Record):
+    """State of a run.
+
+    Attributes:
+        settings: what the run computes, to tell whether config.yaml was edited since.
+        identity: what tells the run's data from others.
+        finished: whether all that the run makes is there; written last.
+    """
+
+    kind: Literal["search", "train"]
+    settings: Settings
+    identity: dict[str, Any]
+    segments: list[Segment]
+    finished: bool = False
+
+
+class Checkpoint(Record):
+    """Record of a whole checkpoint.
+
+    Attributes:
+        files: SHA-256 of every other file in its folder.
+        metrics: SHA-256 of the first `metrics_bytes` of metrics.jsonl.
+    """
+
+    epoch: Count
+    files: dict[str, str]
+    metrics: str
+    metrics_bytes: Count
+
+
+def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: Path | None, resume: bool) -> ConfigT:
+    """The config of a new run, or of one to resume: its own, which the settings given must not contradict.
+
+    Raises:
+        InputError: if `output` holds a run already, or holds none to resume, or has other settings.
+    """
+    if not resume:
+        if output is not None:
+            _check_free(output)
+        return build_config(config_class, given)
+    if output is None:
+        raise InputError("resume needs the folder of the run to continue: give --output")
+    try:
+        state = RunState.read(output / "run.json", "its run.json")
+        saved = read_yaml(output / "config.yaml", "its config.yaml")
+        if state.kind != _kind(config_class) or not isinstance(saved, dict):
+            raise InputError(f"it is a {state.kind}, or its config.yaml is no mapping of settings")
+        if set(saved) != set(config_class.model_fields):
+            raise InputError("its config.yaml is of another version")
+        config = build_config(config_class, saved)
+    except InputError as error:
+        raise InputError(f"output {output} holds no {_kind(config_class)} to resume: {error}") from None
+    edited = _changed(state.settings, config.settings())
+    if edited:
+        raise InputError(f"output {output}: config.yaml was edited since the run began, {edited}: put that back")
+    asked = build_config(config_class, {**saved, **given})
+    changed = _changed(config.settings(), asked.settings())
+    if changed:
+        raise InputError(f"output {output} was run with {changed}: resume it with the same settings")
+    return asked
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = dict.fromkeys([*before, *now])
+    pairs = [(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {_shown(old)} (now {_shown(new)})" for name, old, new in pairs)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower()
+
+
+def _check_free(output: Path) -> None:
+    try:
+        names = {file.name for file in output.iterdir()} if output.exists() else set()
+    except OSError:  # a file, or what cannot be opened, which _take says better
+        names = {""} if output.is_file() else set()
+    names = {name for name in names if not (name.startswith(".") and name.endswith(".partial"))}
+    # what a run leaves that was killed as it began
+    if names and not {".lock"} <= names <= {".lock", "config.yaml"}:
+        raise InputError(f"output {output} already holds files: choose another folder, or --resume its run")
+
+
+def last_precision(output: Path) -> str | None:
+    """Precision of the last segment of a run to resume, as `mixed_precision` calls it."""
+    segments = RunState.read(output / "run.json").segments
+    precision = segments[-1].precision if segments else None
+    return "no" if precision == "fp32" else precision
+
+
+@contextmanager
+def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolder]":
+    """The folder of a run, which is taken for it until the block ends: nobody else writes there.
+
+    It is made at once, so that a place where nothing can be written is noticed before anything is computed, and
+    removed again if the run has not begun when the block ends. To be entered by every process.
+
+    Args:
+        kind: "search" or "train".
+        output: the folder; a new one under runs/ if None.
+        resume: whether it holds a run to continue.
+
+    Raises:
+        InputError: if it cannot be written, is in use, holds files already, or holds nothing to resume.
+    """
+    with ExitStack() as stack:
+        folder, error = None, None
+        if PartialState().is_main_process:
+            try:
+                folder = stack.enter_context(_take(kind, output, resume))
+            except InputError as mistake:
+                error = mistake
+        told = [(folder and str(folder.path), folder and folder.epoch, error is not None)]
+        path, epoch, refused = broadcast_object_list(told)[0]
+        if error is not None:
+            raise error
+        if refused:
+            raise SystemExit(2)  # the main process says why
+        if folder is None:
+            folder = RunFolder(Path(path), main=False)
+            folder.epoch = epoch
+        try:
+            yield folder
+        finally:
+            follow(None)
+
+
+@contextmanager
+def _take(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolder]":
+    stamp = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    choices = [output] if output else [RUNS / stamp, *(RUNS / f"{stamp}-{number}" for number in range(2, 100))]
+    made: list[Path] = []
+    lock = None
+    try:
+        try:
+            for path in choices:
+                made = [part for part in (path, *path.parents) if not part.exists()]
+                try:
+                    path.mkdir(parents=True, exist_ok=output is not None)
+                    break
+                except FileExistsError:
+                    if output is not None:
+                        raise
+            if not resume:
+                _check_free(path)
+            file, new = path / ".lock", not (path / ".lock").exists()
+            file.touch()
+            lock = FileLock(file, mode=stat.S_IMODE(file.stat().st_mode))
+            lock.acquire(timeout=0)
+        except Timeout:
+            lock, made = None, []
+            raise InputError(f"output {path} is in use by another run: end that, or choose another folder") from None
+        except NotImplementedError:
+            _log.warning("output %s: its disk knows no locks, so nothing keeps another run from writing there", path)
+        except OSError as error:
+            raise InputError(f"output {str(path)[:200]} cannot be used: {error.strerror}: choose another") from None
+        if not resume:
+            _check_free(path)  # again: another run may have come and gone
+        folder = RunFolder(path)
+        if resume:
+            folder.find_checkpoint(kind)
+        yield folder
+    finally:
+        if lock is not None:
+            lock.release()
+            if new and not (path / "run.json").exists():
+                file.unlink(missing_ok=True)
+        for part in made:  # if it is empty
+            with suppress(OSError):
+                part.rmdir()
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+        path: the folder.
+        main: whether this process writes; others write nothing but checkpoints.
+
+    Attributes:
+        state: what the folder says of its run; None if it has not begun.
+        epoch: epochs that the checkpoint to continue from has seen; 0 if there is none.
+    """
+
+    def __init__(self, path: Path, main: bool = True) -> None:
+        self.path, self.main, self.epoch = path, main, 0
+        record = path / "run.json"
+        self.state = RunState.read(record) if record.exists() else None
+
+    def find_checkpoint(self, kind: str) -> None:
+        """Set `epoch` to that of the last checkpoint whose files are what they were when it was written.
+
+        Raises:
+            InputError: if the run is of another kind, has finished, or all of its checkpoints are damaged.
+        """
+        if self.state is None or self.state.kind != kind:
+            raise InputError(f"output {self.path} holds no {kind} to resume")
+        if self.state.finished:
+            self.drop_checkpoints()
+            raise InputError(f"output {self.path} holds a finished run: nothing is left to resume")
+        damaged = ""
+        for folder in reversed(self.checkpoints()):
+            damaged = self._damage(folder)
+            if not damaged:
+                self.epoch = int(folder.name.split("-")[1])
+                return
+            _log.warning("%s: %s: it is not used", folder, damaged)
+        if damaged:
+            raise InputError(f"output {self.path} has no checkpoint that is whole: {damaged}: start in another folder")
+
+    def _damage(self, folder: Path) -> str:
+        """What differs from what a checkpoint's record says; empty if nothing does."""
+        try:
+            record = Checkpoint.read(folder / "complete.json", "complete.json")
+            if folder.name != f"checkpoint-{record.epoch}":
+                return "complete.json is of another checkpoint"
+            found = {file.name: sha256(file) for file in folder.iterdir() if file.name != "complete.json"}
+            wrong = sorted(name for name in {*found, *record.files} if found.get(name) != record.files.get(name))
+            if wrong:
+                return f"{wrong[0]} is damaged or missing"
+            return "" if self._metrics(record.metrics_bytes)[1] == record.metrics else "metrics.jsonl was changed"
+        except (InputError, OSError) as error:
+            return first_line(error)
+
+    def _metrics(self, size: int | None = None) -> tuple[bytes, str]:
+        path = self.path / "metrics.jsonl"
+        content = path.read_bytes()[:size] if path.exists() else b""
+        return content, hashlib.sha256(content).hexdigest()
+
+    def begin(self, config: DataConfig, segment: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+        """Write the config and the record of a new segment of the run, and drop what it will compute again.
+
+        To be called by every process, when nothing else can be refused.
+
+        Args:
+            config: of the run.
+            segment: what it computes on, see `Segment`.
+            identity: what tells its data from others; JSON.
+
+        Returns:
+            what differs from the segment before, one sentence each.
+
+        Raises:
+            InputError: if the run began with other settings or other data.
+        """
+        identity = json.loads(json.dumps(identity))
+        segments = self.state.segments if self.state else []
+        if self.state:
+            changed = _changed(self.state.settings, config.settings()) or _changed(self.state.identity, identity)
+            if changed:
+                raise InputError(f"output {self.path} began with other settings or data, {changed}: start a new run")
+        if not self.main:
+            return []
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        new = Segment(**segment, epoch=self.epoch, started=started, seconds=0.0)
+        keys = ("processes", "threads", "precision", "device", "hardware", "tf32", "compiled", "versions")
+        pairs = [(key, getattr(new, key), getattr(segments[-1], key)) for key in keys if segments]
+        notes = [
+            f"resumed with {key} {now}, before {before}: the run continues, but not bit for bit"
+            for key, now, before in pairs
+            if now != before
+        ]
+        self._started = time.monotonic()
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        kept = self._metrics(self._record().metrics_bytes if self.epoch else 0)[0]
+        write_bytes(self.path / "metrics.jsonl", kept)
+        self._update(
+            RunState(
+                kind=_kind(type(config)),  # type: ignore[arg-type]
+                settings=config.settings(),
+                identity=identity,
+                segments=[*segments, new],
+            )
+        )
+        follow(self)
+        for note in notes:
+            _log.warning(note)
+        return notes
+
+    def _update(self, state: RunState) -> None:
+        self.state = state
+        state.write(self.path / "run.json")
+
+    def _record(self) -> Checkpoint:
+        return Checkpoint.read(self.checkpoint(self.epoch) / "complete.json")
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments of the run."""
+        return self.state.segments if self.state else []
+
+    def touch(self) -> None:
+        """Bring the present segment's duration up to date."""
+        assert self.state
+        seconds = round(time.monotonic() - self._started, 1)
+        *before, last = self.segments
+        segments = [*before, last.model_copy(update={"seconds": seconds})]
+        self._update(self.state.model_copy(update={"segments": segments}))
+
+    def finish(self) -> None:
+        """Mark the run as finished, when all that it makes is there, and remove its checkpoints."""
+        assert self.state
+        self._update(self.state.model_copy(update={"finished": True}))
+        self.drop_checkpoints()
+
+    @property
+    def seconds(self) -> float:
+        """Duration of all segments, as far as they were recorded."""
+        return round(sum(segment.seconds for segment in self.segments), 1)
+
+    def summary(self) -> dict[str, Any]:
+        """What every result file says of its run: duration, hardware, versions, and all segments."""
+        last = {key: getattr(self.segments[-1], key) for key in ("versions", "commit", "precision", "hardware")}
+        return {"duration_seconds": self.seconds, **last, "segments": self.segments}
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints that were whole when they were written, oldest first."""
+        found = [file.parent for file in self.path.glob("checkpoint-*/complete.json")]
+        return sorted((f for f in found if f.name[11:].isdecimal()), key=lambda folder: int(folder.name[11:]))
+
+    def checkpoint(self, epoch: int) -> Path:
+        """Folder of the checkpoint after some epochs."""
+        return self.path / f"checkpoint-{epoch}"
+
+    def new_checkpoint(self, epoch: int) -> Path:
+        """An empty folder for the checkpoint after some epochs; `complete_checkpoint` makes it count."""
+        folder = self.checkpoint(epoch)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def complete_checkpoint(self, epoch: int, accelerator: Accelerator) -> None:
+        """Mark a checkpoint whole, with the gradient scaler's state; drop those that two newer ones follow."""
+        folder = self.checkpoint(epoch)
+        if accelerator.scaler is not None:
+            write_json(folder / "scaler.json", accelerator.scaler.state_dict())
+        content, checksum = self._metrics()
+        record = Checkpoint(
+            epoch=epoch,
+            files={file.name: sha256(file) for file in sorted(folder.iterdir())},
+            metrics=checksum,
+            metrics_bytes=len(content),
+        )
+        record.write(folder / "complete.json")
+        for older in self.checkpoints()[:-_KEPT]:
+            shutil.rmtree(older)
+
+    def restore_scaler(self, accelerator: Accelerator) -> None:
+        """Give the gradient scaler its state in the checkpoint to continue from."""
+        file = self.checkpoint(self.epoch) / "scaler.json"
+        if file.exists() and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(read_json(file))
+
+    def drop_checkpoints(self) -> None:
+        """Remove all checkpoints."""
+        for folder in self.path.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors whole, as safetensors."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def load_tensors(path: Path, shown: str = "") -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        path: the file.
+        shown: what messages call it; its path if empty.
+
+    Raises:
+        InputError: if it is none, or a number in it is not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{shown or path} is damaged: {first_line(error)}") from None
+    check_finite(tensors, shown or str(path))
+    return tensors
+
+
+def check_finite(tensors: dict[str, Tensor], shown: str) -> None:
+    """Refuse weights that compute nothing.
+
+    Raises:
+        InputError: if a number in them is not finite; `shown` is what the message calls them.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{shown} holds numbers that are not finite, in {name[:80]}")
+
+
+def save_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Weights and optimizer state as one safetensors file.
+
+    accelerate's own checkpoints hold what the main process owns, as pickles; ours are one file for each network,
+    written by the process that owns it, and read by however many processes there are.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    numbers: dict[str, Any] = {"state": {}, "groups": []}
+    if optimizer is not None:
+        content = optimizer.state_dict()
+        for index, values in content["state"].items():
+            tensors.update({f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)})
+            numbers["state"][index] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        # some of timm's optimizers count their steps in the groups
+        for index, group in enumerate(content["param_groups"]):
+            tensors.update({f"group.{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)})
+            plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+            numbers["groups"].append(plain)
+    save_tensors(path, tensors, {"optimizer": json.dumps(numbers)})
+
+
+def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read what `save_training_state` wrote, keeping every tensor's memory format.
+
+    Raises:
+        InputError: if the file is damaged, or the state is another network's, of another type, or not finite.
+    """
+    try:
+        _load_training_state(path, model, optimizer)
+    except InputError:
+        raise
+    except Exception as error:  # a file whose parts do not fit together can break whatever reads it
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    weights: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(str(path), "pt") as file:
+        numbers = json.loads(file.metadata()["optimizer"])
+        for key in file.keys():
+            part, _, name = key.partition(".")
+            if part == "model":
+                weights[name] = file.get_tensor(key)
+                continue
+            index, _, name = name.partition(".")
+            home = numbers["groups"][int(index)] if part == "group" else state.setdefault(int(index), {})
+            home[name] = file.get_tensor(key)
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].dtype != own.dtype:
+            raise InputError(f"{path} holds {name} as {weights[name].dtype}, not {own.dtype}")
+    check_finite(weights, str(path))
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in numbers["state"].items():
+            state.setdefault(int(index), {}).update(values)
+        for index, values in state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                    values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+        groups = [
+            {**saved, "params": group["params"]}
+            for saved, group in zip(numbers["groups"], optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def find_latest_search() -> Path:
+    """The newest finished search under runs/.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = sorted(RUNS.glob("*/search.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError("no finished search under runs/: run search.py first, or give --from-search or --layout")
+    return found[-1].parent
