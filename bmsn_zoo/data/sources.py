@@ -125,11 +125,6 @@ class DataSource:
             "in_chans": self.config.in_chans,
         }
 
-    def identity(self, data: ImageData) -> dict[str, Any]:
-        """What tells these training images and their classes from others; a run goes on with the same alone."""
-        names = {"label_names": data.label_names, "image_size": data.image_size, "images": len(data.images)}
-        return {"fingerprint": data.fingerprint, **names}
-
     def describe(self, data: ImageData) -> dict[str, Any]:
         """The data set as result files name it: id, fingerprint, columns, image format and statistics."""
         return {
