@@ -1,9 +1,13 @@
 """Convolutional networks that downsample at better places, as timm models; importing this registers them."""
 
+from . import usage
 from .errors import InputError
 from .layout import Layout
-from .models import PoolingResNet
-from .search_space import BACKBONES, Backbone, SearchSpace
+
+usage.answer_early()  # before what takes seconds to import
+
+from .models import PoolingResNet  # noqa: E402
+from .search_space import BACKBONES, Backbone, SearchSpace  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["BACKBONES", "Backbone", "InputError", "Layout", "PoolingResNet", "SearchSpace"]

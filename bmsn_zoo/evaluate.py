@@ -15,11 +15,12 @@ from torch import nn
 from . import runtime
 from .card import percent
 from .command import run_command
-from .config import Parser, TrainConfig, build_config, shipped_folder, with_reachable_data
+from .config import TrainConfig, build_config, shipped_folder, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
 from .model_folder import load_model
 from .results import TrainResult
+from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
@@ -104,9 +105,7 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = Parser(prog="python -m bmsn_zoo.evaluate", description=__doc__)
-    parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
-    parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
+    parser = parser_of("evaluate")
 
     def run() -> None:
         given = parser.parse_args(argv)

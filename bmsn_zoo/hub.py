@@ -25,12 +25,14 @@ from torch import Tensor
 from . import __version__
 from .card import SOME_NAME, portable, search_card
 from .client import one_line
-from .config import Parser, add_push_flags, shipped_folder
+from .command import run_command
+from .config import shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
 from .model_folder import MODEL_FILES, add, load_model
 from .results import SearchResult
 from .run_folder import load_tensors
+from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 # all of a search that is ever pushed
@@ -271,21 +273,7 @@ def push_all(org: str, *, zoo: Path | None = None, **options: Any) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    from .command import run_command
-
-    parser = Parser(prog="python -m bmsn_zoo.hub", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    single = commands.add_parser("push", help="push a model folder or a finished search to the Hub")
-    single.add_argument("folder")
-    single.add_argument("repo_id", metavar="USER/REPO")
-    add_push_flags(single)
-    every = commands.add_parser("push-all", help="push every model of the zoo")
-    every.add_argument("org")
-    add_push_flags(every)
-    new = commands.add_parser("add", help="make a model of the zoo from a finished training")
-    new.add_argument("run", metavar="RUN_FOLDER")
-    new.add_argument("name")
-    new.add_argument("--default", metavar="NAME", help="model with the default layout to compare with in the card")
+    parser = parser_of("hub")
 
     def run() -> None:
         given = vars(parser.parse_args(argv))

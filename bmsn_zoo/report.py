@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .card import percent, ranked_rows
 from .command import run_command
-from .config import Parser
 from .errors import InputError, first_line
 from .files import read_text
 from .results import Entry, SearchResult, TrainResult, fault
+from .usage import parser_of
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a picture can show
@@ -207,8 +207,7 @@ def print_training(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = Parser(prog="python -m bmsn_zoo.report", description="Draw the pictures of runs, and print their tables.")
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
+    parser = parser_of("report")
 
     def run() -> None:
         for folder in parser.parse_args(argv).run:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import hub, report, runtime
 from .command import run_command
-from .config import SearchConfig, build_parser, load_recipe
+from .config import SearchConfig, load_recipe
 from .data import (
     AUGMENT,
     ORDER,
@@ -52,6 +52,7 @@ from .search_space import SearchSpace
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import Draw, Strategy, create_strategy
 from .supernet import Mixture, count_correct
+from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _EXCHANGE_STEPS = 32  # steps between exchanges among processes that own supernets
@@ -363,7 +364,7 @@ def _peak_memory_mib(device: torch.device) -> int | None:
 
 def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m bmsn_zoo.") -> int:
     """The command line; `command` is how this and the training command are started."""
-    parser = build_parser(SearchConfig, "Search where a convolutional network should downsample.")
+    parser = parser_of("search")
 
     def run() -> None:
         given = vars(parser.parse_args(argv))

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import hub, report, runtime
 from .command import run_command
-from .config import TrainConfig, build_parser, load_recipe, shipped_recipes, with_reachable_data
+from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
     MIX,
@@ -51,6 +51,7 @@ from .run_folder import (
     save_training_state,
 )
 from .search_space import SearchSpace
+from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _INHERITED = (
@@ -328,7 +329,7 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = build_parser(TrainConfig, "Train one pooling layout from scratch.")
+    parser = parser_of("train")
 
     def run() -> None:
         given = vars(parser.parse_args(argv))

@@ -242,6 +242,27 @@ def test_full_disk_is_one_line(image_folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize("command", ["search", "train", "hub", "evaluate", "report"])
+def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path):
+    """No time is measured: what takes it is not imported."""
+    runs = command in ("search", "train")
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for start in [["-m", f"bmsn_zoo.{command}"]] + [[str(ROOT / f"{command}.py")]] * runs:
+        cases = [(["--help"], 0, f"usage: {'python -m bmsn_zoo.' * (start[0] == '-m')}{command}")]
+        if runs:
+            cases += [
+                (["--epoch", "3"], 2, "error: unknown argument '--epoch': did you mean --epochs?\n"),
+                (["--recipe", "digits-resnet20", "--lr", "x"], 2, "error: lr 'x' is not a number\n"),
+            ]
+        for arguments, code, expected in cases:
+            done = subprocess.run(
+                [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, timeout=60
+            )
+            assert done.returncode == code
+            assert (done.stdout or done.stderr).startswith(expected)
+
+
 def test_import_is_light_and_offline():
     """No network, none of the heavy packages that only the commands need."""
     code = (
