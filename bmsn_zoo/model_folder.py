@@ -66,6 +66,7 @@ def save_model(
         model_args={"layout": model.layout},
         safe_serialization=True,
     )
+    write_json(folder / "config.json", _for_every_client(read_json(folder / "config.json")))
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors hides what it writes
     checksum = {"weights_sha256": sha256(folder / "model.safetensors")}
     portable(metrics).model_copy(update=checksum).write(folder / "metrics.json")
@@ -75,6 +76,13 @@ def save_model(
     if onnx:
         export_onnx(model, folder / "model.onnx", label_names)
         write_card(folder)  # tells of it
+
+
+def _for_every_client(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with no argument that it says elsewhere: transformers passes `model_args` on beside the classes."""
+    chans = config["pretrained_cfg"]["input_size"][0]
+    config["model_args"] = {"layout": config["model_args"]["layout"]} | ({"in_chans": chans} if chans != 3 else {})
+    return config
 
 
 def load_model(folder: Path) -> PoolingResNet:
@@ -161,7 +169,7 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
         portable(metrics).write(partial / "metrics.json")
         if (source / "search.json").is_file():
             portable(SearchResult.read(source / "search.json")).write(partial / "search.json")
-        config = read_json(source / "config.json")
+        config = _for_every_client(read_json(source / "config.json"))
         config["pretrained_cfg"].update(hf_hub_id=f"{HUB_ORG}/{name}", hf_hub_filename="model.safetensors")
         write_json(partial / "config.json", config)
         export_onnx(model, partial / "model.onnx", config["label_names"])

@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,8 +18,9 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from bmsn_zoo import InputError, Layout
 from bmsn_zoo.config import shipped_folder
-from bmsn_zoo.model_folder import MODEL_FILES, load_model
+from bmsn_zoo.model_folder import MODEL_FILES, add, load_model, save_model
 from bmsn_zoo.models.found import _register_all, register_folder
+from bmsn_zoo.results import TrainResult
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
@@ -103,6 +106,53 @@ def test_contract(name, folder):
     assert all(parameter.grad is not None for parameter in trained.parameters())
     model.reset_classifier(0, "")
     assert torch.equal(model(x), features)
+
+
+@each_model
+def test_transformers_loads_a_folder(name, folder):
+    transformers = pytest.importorskip("transformers")
+    assert json.loads((folder / "config.json").read_text())["model_args"] == {"layout": timm.create_model(name).layout}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8))
+    model = timm.create_model(name, pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    expected = model(timm.data.create_transform(**data)(image).unsqueeze(0)).softmax(1)[0]
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    x = images(model)
+    assert torch.equal(wrapped(x).logits, model(x))
+    assert [wrapped.config.id2label[index] for index in range(model.num_classes)] == list(
+        model.pretrained_cfg["label_names"]
+    )
+    best = transformers.pipeline("image-classification", model=str(folder))(image)[0]
+    assert best["label"] == model.pretrained_cfg["label_names"][expected.argmax()]
+    close(best["score"], expected.max())
+
+
+def test_transformers_loads_gray_networks(runs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    overlay = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.2,))
+    model = timm.create_model("bmsn_resnet20", num_classes=4, in_chans=1, pretrained_cfg_overlay=overlay).eval()
+    save_model(tmp_path, model, list("abcd"), TrainResult.read(runs.found / "metrics.json"))
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(wrapped(x).logits, model(x))
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+
+
+def test_config_of_earlier_folders_is_taken_and_mended(runs, tmp_path):
+    """Before, config.json repeated classes, channels and pool among the arguments of the model."""
+    run = tmp_path / "run"
+    shutil.copytree(runs.found, run)
+    config = json.loads((run / "model" / "config.json").read_text())
+    config["model_args"] |= {"num_classes": config["num_classes"], "in_chans": 3, "global_pool": "avg"}
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    x = torch.rand(2, 3, 16, 16)
+    expected = load_model(runs.found / "model")(x)
+    assert torch.equal(load_model(run / "model")(x), expected)
+    shutil.copytree(run / "model", tmp_path / "bmsn_resnet20_earlier")
+    register_folder(tmp_path / "bmsn_resnet20_earlier")
+    assert torch.equal(timm.create_model("bmsn_resnet20_earlier", pretrained=True).eval()(x), expected)
+    added = add(run, "bmsn_resnet20_mended", zoo=tmp_path / "zoo")
+    assert json.loads((added / "config.json").read_text())["model_args"] == {"layout": config["model_args"]["layout"]}
 
 
 @each_model
