@@ -12,6 +12,7 @@ import timm
 import torch
 from closeness import close
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from small_runs import DEFAULT, FOUND
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
