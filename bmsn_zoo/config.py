@@ -60,13 +60,15 @@ class DataConfig(BaseModel):
     label_column: str | None = setting(None, "column of the labels; found by its type")
     train_split: str = setting("train", "split of the training images")
     test_split: str | None = setting(None, "split of the test images; test, else validation, else a fixed fifth")
-    image_size: int | None = setting(None, "side of the square network input in pixels; that of the first image", 4)
+    image_size: int | None = setting(
+        None, "side of the square network input in pixels; that of the first image", 4, 1024
+    )
     in_chans: int = setting(3, "channels of the network input: 3 for colour, 1 for gray", choices=(1, 3))
     limit: int | None = setting(None, "use only this many training images, class-stratified", 2)
     model: str = setting("bmsn_resnet20", "timm name of the backbone")
     seed: int = setting(0, "seed of everything random", 0, 2**31 - 1)
     flip: bool = setting(True, "mirror training images at random")
-    crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0)
+    crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0, 256)
 
     recipe: str | None = setting(None, "settings by name, or from a YAML file; flags win over it", environment=True)
     mixed_precision: str = setting(

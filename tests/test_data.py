@@ -1,6 +1,7 @@
 import io
 import itertools
 import logging
+import multiprocessing
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, features
 from scipy.stats import chisquare
 
 from bmsn_zoo import InputError
+from bmsn_zoo.command import run_command
 from bmsn_zoo.config import DataConfig
 from bmsn_zoo.data import (
     Augmentation,
@@ -448,6 +450,20 @@ def test_limit_below_the_number_of_classes(unequal):
         open_source(unequal, limit=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 1025}, "image-size 1025 is too large"),
+        ({"crop_padding": 257}, "crop-padding 257 is too large"),
+        ({"crop_padding": 8}, "crop-padding 8 would cut whole images of 8 pixels away"),
+    ],
+    ids=["size", "padding", "padding of this size"],
+)
+def test_sizes_beyond_reason(unequal, settings, message):
+    with pytest.raises(InputError, match=message):
+        open_source(unequal, **settings)
+
+
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("image_size", [None, 8, 12])
 def test_image_size_and_channels(unequal, image_size, in_chans):
@@ -570,6 +586,31 @@ def test_streamed_images_are_those_in_memory(unequal, workers):
         for (pixels, labels), (expected_pixels, expected_labels) in batches:
             assert torch.equal(pixels, expected_pixels)
             assert torch.equal(labels, expected_labels)
+
+
+def test_workers_stay_for_all_epochs(unequal):
+    images = open_source(unequal, memory_limit=0, workers=2).train().images
+    workers = []
+    for epoch in range(3):
+        order = shuffled_batches(100, 16, np.random.default_rng(epoch))
+        for positions, (pixels, _) in zip(order, images.batches(order), strict=True):
+            assert sorted(pixels[:, 0, 0, 0].tolist()) == sorted(positions.tolist())
+        workers.append({process.pid for process in multiprocessing.active_children()})
+    assert len(workers[0]) == 2
+    assert workers[0] == workers[1] == workers[2]
+
+
+def test_a_killed_worker_is_one_line(unequal, capfd):
+    def run():
+        images = open_source(unequal, memory_limit=0, workers=1).train().images
+        for _ in images.batches([np.array([0])] * 100):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    assert run_command(run) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "a process that reads images ended" in line
+    assert "--workers" in line
 
 
 def test_selection_keeps_images_and_labels_together(unequal):

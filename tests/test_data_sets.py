@@ -355,3 +355,43 @@ def test_an_image_that_is_replaced_is_read_again(tmp_path):
     second = open_source(root).train()
     assert second.fingerprint != first.fingerprint
     assert np.array_equal(second.images.pixels[0].numpy(), noise(8, 8, 3))
+
+
+def test_test_images_that_cannot_be_used_stop_a_training_first_and_repaired_ones_end_it(
+    image_dataset, tmp_path, capfd, monkeypatch
+):
+    from bmsn_zoo import train as train_module
+
+    def store(test):
+        datasets.DatasetDict(train=image_dataset["train"], test=test).save_to_disk(tmp_path / "data")
+
+    good = image_dataset["test"]
+    unknown = good.cast_column("label", datasets.ClassLabel(names=["north", "up", "south", "west"]))
+    unlabelled = datasets.Dataset.from_dict({**good[:], "label": [-1] * len(good)}, features=good.features)
+    arguments = ["--dataset", str(tmp_path / "data"), "--layout", "4-3-3", "--epochs", "2", "--batch-size", "16"]
+    arguments += ["--output", str(tmp_path / "run")]
+
+    def whole_epochs():
+        return len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+    faults = [
+        (unknown, "'up' occurs in no training image"),
+        (unlabelled, "unlabelled images"),
+        (good.remove_columns("label"), "split 'test', has no column 'label'"),
+        (good.select([]), "it is empty"),
+    ]
+    for test, message in faults:
+        store(test)
+        assert train_module.main(arguments) == 2
+        error = capfd.readouterr().err
+        assert message in error
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    store(good)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", lambda *_: 1 / 0)  # killed after the last epoch
+        with pytest.raises(ZeroDivisionError):
+            train_module.main(arguments)
+    store(good.select(range(20)))
+    assert train_module.main(["--resume", "--output", str(tmp_path / "run")]) == 0
+    assert whole_epochs() == 2
