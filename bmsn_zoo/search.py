@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ from .data import (
     SCORE_ORDER,
     Augmentation,
     DataSource,
-    ImageData,
     ImageSet,
     check_batch_size,
     even_batches,
@@ -50,7 +48,7 @@ from .run_folder import (
 )
 from .search_space import SearchSpace
 from .step import Lag, Trainer, check_finite, train_and_score
-from .strategies import Draw, Strategy, create_strategy
+from .strategies import Draw, create_strategy
 from .supernet import Mixture, count_correct
 from .usage import parser_of
 
@@ -93,27 +91,6 @@ class _Role(NamedTuple):
         return steps - steps % turns
 
 
-@dataclass(frozen=True)
-class _Search:
-    """All that a search is made of; every process has its own."""
-
-    config: SearchConfig
-    accelerator: Accelerator
-    role: _Role
-    space: SearchSpace
-    source: DataSource
-    data: ImageData
-    halves: tuple[
-        np.ndarray, np.ndarray
-    ]  # positions of the training images that train weights, and of those that score
-    weight_split: ImageSet
-    score_split: ImageSet
-    epoch_steps: int
-    mixture: Mixture
-    trainers: dict[int, Trainer]  # of the supernets that this process owns
-    strategy: Strategy
-
-
 def search(config: SearchConfig, output: Path | None = None, resume: bool = False) -> Path:
     """Search the pooling layouts of a backbone on a data set.
 
@@ -130,78 +107,198 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("search", output, resume) as folder:
-        _run(_prepare(config, folder, accelerator), folder)
+        _Search(config, folder, accelerator).run()
     return folder.path
 
 
-def _run(parts: _Search, folder: RunFolder) -> None:
-    config, accelerator, role, strategy = parts.config, parts.accelerator, parts.role, parts.strategy
-    folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv}, parts.source.identity(parts.data))
-    accelerator.wait_for_everyone()
-    _restore(parts, folder)
+class _Search:
+    """A search as one of its processes does it."""
 
-    for epoch in range(folder.epoch, config.epochs):
-        started = time.monotonic()
-        steps = range(epoch * parts.epoch_steps, (epoch + 1) * parts.epoch_steps)[role.turns]
-        bar = runtime.progress_bar(_batches(parts, epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
-        lag, sums = Lag[tuple[int, Draw]](), np.zeros(2 + config.mixture_size)
+    def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
+        self.space = SearchSpace(config.model, config.default_layout)
+        self.role = _Role.of(config, accelerator)
 
-        for step, batch, score_batch in bar:
-            progress = step / max(1, config.epochs * parts.epoch_steps - 1)
-            draw = strategy.draw(step, progress, role.owned)
-            trainer = parts.trainers[draw.supernet]
-            set_learning_rate(trainer.optimizer, learning_rate(config, parts.epoch_steps, step))
-            values = train_and_score(trainer, parts.space[draw.layout], batch, score_batch, accelerator)
-            if role.shard[1] > 1:  # all processes learn the same, or their draws would part
-                values = accelerator.reduce(values, "mean")
-
-            last = step == steps[-1]
-            for (done, drawn), (loss, accuracy) in lag.push((step, draw), values, last):
-                check_finite(loss, epoch, done % parts.epoch_steps)
-                strategy.update(drawn, accuracy)
-                sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
-                bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
-            if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
-                strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(accelerator.device)).cpu())
-
-        row = _describe_epoch(parts, epoch, progress, sums, time.monotonic() - started)
+        self.source = DataSource(config, torch.get_num_threads())
+        self.space.backbone.check(self.space.default_layout, self.source.image_size)
+        with PartialState().local_main_process_first():
+            self.data = self.source.train()
         if accelerator.is_main_process:
-            folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
-            folder.touch()
-        _checkpoint(parts, folder, epoch + 1)
+            _log.info(self.source.summary())
+        # one half of the training images trains weights, the other scores layouts; the test images stay closed
+        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
+        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
+        self.weight_split, self.score_split = map(self.data.images.near(self.device).select, self.halves)
+        self.epoch_steps = self.role.epoch_steps(min(map(len, self.halves)), config.batch_size)
 
-    accuracy_matrix = _evaluate_all(parts)
-    if accelerator.is_main_process:
-        _write_result(parts, folder, accuracy_matrix)
-    accelerator.wait_for_everyone()
+        # M supernets, each with an optimizer of its own, and who says which of them is trained next
+        classes = len(self.data.label_names)
+        self.mixture = Mixture(self.space, config.mixture_size, classes, config.in_chans, config.seed)
+        if config.init_from and not folder.epoch:
+            _start_from(config.init_from, self.mixture, config)
+        self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
+        self.strategy = create_strategy(len(self.space), config)
 
+    def _trainer(self, supernet: PoolingResNet) -> Trainer:
+        supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
+        network = self.accelerator.prepare_model(supernet, evaluation_mode=self.role.shard[1] == 1)
+        optimizer = self.accelerator.prepare_optimizer(create_optimizer(supernet, self.config))
+        return Trainer(supernet, network, optimizer)
 
-def _prepare(config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> _Search:
-    """Everything that a search needs before its first step."""
-    space = SearchSpace(config.model, config.default_layout)
-    role = _Role.of(config, accelerator)
+    def run(self) -> None:
+        """All epochs, then the evaluation of every layout under every supernet."""
+        config, accelerator, folder, role = self.config, self.accelerator, self.folder, self.role
+        segment = {**runtime.describe(accelerator), "command": sys.argv}
+        folder.begin(config, segment, self.source.identity(self.data))
+        accelerator.wait_for_everyone()
+        self._restore()
 
-    source = DataSource(config, torch.get_num_threads())
-    space.backbone.check(space.default_layout, source.image_size)
-    with PartialState().local_main_process_first():
-        data = source.train()
-    if accelerator.is_main_process:
-        _log.info(source.summary())
-    # one half of the training images trains weights, the other scores layouts; the test images stay closed
-    labels = data.images.labels.numpy()
-    halves = stratified_split(labels, 0.5, config.seed, "a weight split and a score split", data.label_names)
-    weight_split, score_split = map(data.images.near(accelerator.device).select, halves)
-    epoch_steps = role.epoch_steps(min(map(len, halves)), config.batch_size)
+        for epoch in range(folder.epoch, config.epochs):
+            started = time.monotonic()
+            steps = range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)[role.turns]
+            bar = runtime.progress_bar(self._batches(epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
+            lag, sums = Lag[tuple[int, Draw]](), np.zeros(2 + config.mixture_size)
 
-    mixture = Mixture(space, config.mixture_size, len(data.label_names), config.in_chans, config.seed)
-    if config.init_from and not folder.epoch:
-        _start_from(config.init_from, mixture, config)
-    trainers = {m: _trainer(mixture.supernets[m], config, role, accelerator) for m in role.owned}
-    strategy = create_strategy(len(space), config)
-    return _Search(
-        config, accelerator, role, space, source, data, halves, weight_split, score_split, epoch_steps, mixture,
-        trainers, strategy,
-    )  # fmt: skip
+            for step, batch, score_batch in bar:
+                progress = step / max(1, config.epochs * self.epoch_steps - 1)
+                draw = self.strategy.draw(step, progress, role.owned)
+                trainer = self.trainers[draw.supernet]
+                set_learning_rate(trainer.optimizer, learning_rate(config, self.epoch_steps, step))
+                values = train_and_score(trainer, self.space[draw.layout], batch, score_batch, accelerator)
+                if role.shard[1] > 1:  # all processes learn the same, or their draws would part
+                    values = accelerator.reduce(values, "mean")
+
+                last = step == steps[-1]
+                for (done, drawn), (loss, accuracy) in lag.push((step, draw), values, last):
+                    check_finite(loss, epoch, done % self.epoch_steps)
+                    self.strategy.update(drawn, accuracy)
+                    sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
+                    bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
+                if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
+                    self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
+
+            row = self._describe_epoch(epoch, progress, sums, started)
+            if accelerator.is_main_process:
+                folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
+                folder.touch()
+            self._checkpoint(epoch + 1)
+
+        accuracy_matrix = self._evaluate_all()
+        if accelerator.is_main_process:
+            self._write_result(accuracy_matrix)
+        accelerator.wait_for_everyone()
+
+    def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
+        """The steps of an epoch that are ours, with augmented images to train on and plain ones to score on."""
+        config, role, data = self.config, self.role, self.data
+        augment = Augmentation(config.crop_padding, config.flip)
+        rng = random_stream(config.seed, AUGMENT, epoch)
+        crops = augment.draw(self.epoch_steps, config.batch_size, rng, role.shard)[role.turns]
+
+        def in_turn(images: ImageSet, purpose: int) -> Iterator[_Batch]:
+            rng = random_stream(config.seed, purpose, epoch)
+            order = shuffled_batches(len(images), config.batch_size, rng, role.shard)[: self.epoch_steps]
+            return images.batches(order[role.turns], self.device)
+
+        weight, score = in_turn(self.weight_split, ORDER), in_turn(self.score_split, SCORE_ORDER)
+        batches = zip(steps, to_device(crops, self.device), weight, score, strict=True)
+        for step, drawn, (images, labels), (score_images, score_labels) in batches:
+            images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
+            yield step, (images, labels), (score_images, score_labels)
+
+    def _describe_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> dict[str, object]:
+        """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
+        config = self.config
+        totals = torch.tensor(sums, dtype=torch.float32, device=self.device)
+        if self.role.turns.step > 1:  # else every process has seen the same
+            totals = self.accelerator.reduce(totals, "sum")
+        loss, accuracy, *draws = totals.tolist()
+        row: dict[str, object] = {
+            "epoch": epoch + 1,
+            "loss": loss / sum(draws),
+            "score_accuracy": accuracy / sum(draws),
+            "lr": learning_rate(config, self.epoch_steps, (epoch + 1) * self.epoch_steps - 1),
+            **self.strategy.report(progress),
+            "draws": [int(count) for count in draws],
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_mib": _peak_memory_mib(self.device),
+        }
+        if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
+            best = self._evaluate_all().amax(1).tolist()
+            row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
+        if self.accelerator.is_main_process:
+            _log.info("epoch %d/%d: loss %.3f, score accuracy %.2f %%, %.0f s", epoch + 1, config.epochs, row["loss"],
+                      100 * accuracy / sum(draws), row["seconds"])  # fmt: skip
+        return row
+
+    def _evaluate_all(self) -> Tensor:
+        """Accuracy of every layout under every supernet on all score images, float64 (L, M) on the CPU.
+
+        Supernets normalise by batch, so batches are fixed and never shared between processes.
+        """
+        config, data, images, (first, parts) = self.config, self.data, self.score_split, self.role.shard
+        correct = torch.zeros(len(self.space), config.mixture_size, dtype=torch.int64, device=self.device)
+        rng = random_stream(config.seed, SCORE_ORDER)
+        batches = even_batches(len(images), config.eval_batch_size, rng)[first::parts]
+        bar = runtime.progress_bar(images.batches(batches, self.device), len(batches), "evaluating all layouts")
+        with self.accelerator.autocast(), full_float32():
+            for pixels, labels in bar:
+                inputs = normalise(pixels, data.mean, data.std)
+                for m in self.role.owned:
+                    correct[:, m] += count_correct(self.mixture.supernets[m], self.space, inputs, labels)
+        return self.accelerator.reduce(correct, "sum").cpu().double() / len(images)
+
+    def _write_result(self, accuracy_matrix: Tensor) -> None:
+        """Write search.json and what belongs to it."""
+        config, mixture, folder = self.config, self.mixture, self.folder
+        for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
+            load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
+        meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
+        save_tensors(folder.path / "supernets.safetensors", mixture.state_dict(), meta)
+        rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
+        save_tensors(folder.path / "split.safetensors", rows)
+        folder.touch()
+        found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans)
+        described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
+        SearchResult(
+            **dict(found),
+            **self.strategy.result(),
+            **folder.summary(),
+            recipe=config.recipe,
+            settings=config.settings(),
+            seed=config.seed,
+            epochs=config.epochs,
+            dataset=SearchDataset(**described, weight_images=weight, score_images=score),
+            peak_memory_mib=_peak_memory_mib(self.device),
+        ).write(folder.path / "search.json")
+        report.draw_search(folder.path)
+        folder.finish()
+
+    def _checkpoint(self, epoch: int) -> None:
+        """Save every supernet by a process that owns it, then the strategy, then mark the checkpoint whole."""
+        accelerator, folder = self.accelerator, self.folder
+        if accelerator.is_main_process:
+            folder.new_checkpoint(epoch)
+        accelerator.wait_for_everyone()
+        path = folder.checkpoint(epoch)
+        if self.role.shard[0] == 0:
+            for m, trainer in self.trainers.items():
+                save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_tensors(path / "strategy.safetensors", self.strategy.state_dict())
+            folder.complete_checkpoint(epoch, accelerator)
+        accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Load the checkpoint to continue from, if there is one."""
+        if self.folder.epoch:
+            path = self.folder.checkpoint(self.folder.epoch)
+            self.folder.restore_scaler(self.accelerator)
+            for m, trainer in self.trainers.items():
+                load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+            self.strategy.load_state_dict(load_tensors(path / "strategy.safetensors"))
 
 
 def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
@@ -221,132 +318,6 @@ def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
         mixture.load_state_dict(weights)
     except RuntimeError:
         raise InputError(f"init-from {name}: its supernets do not have the weights of {config.model}") from None
-
-
-def _trainer(supernet: PoolingResNet, config: SearchConfig, role: _Role, accelerator: Accelerator) -> Trainer:
-    supernet = supernet.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
-    network = accelerator.prepare_model(supernet, evaluation_mode=role.shard[1] == 1)
-    return Trainer(supernet, network, accelerator.prepare_optimizer(create_optimizer(supernet, config)))
-
-
-def _batches(parts: _Search, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
-    """The steps of an epoch that this process takes, with augmented images to train on and plain ones to score on."""
-    config, role, data, device = parts.config, parts.role, parts.data, parts.accelerator.device
-    augment = Augmentation(config.crop_padding, config.flip)
-    rng = random_stream(config.seed, AUGMENT, epoch)
-    crops = augment.draw(parts.epoch_steps, config.batch_size, rng, role.shard)[role.turns]
-
-    def in_turn(images: ImageSet, purpose: int) -> Iterator[_Batch]:
-        rng = random_stream(config.seed, purpose, epoch)
-        order = shuffled_batches(len(images), config.batch_size, rng, role.shard)[: parts.epoch_steps]
-        return images.batches(order[role.turns], device)
-
-    weight, score = in_turn(parts.weight_split, ORDER), in_turn(parts.score_split, SCORE_ORDER)
-    for step, drawn, (images, labels), (score_images, score_labels) in zip(
-        steps, to_device(crops, device), weight, score, strict=True
-    ):
-        images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
-        yield step, (images, labels), (score_images, score_labels)
-
-
-def _describe_epoch(parts: _Search, epoch: int, progress: float, sums: np.ndarray, seconds: float) -> dict[str, object]:
-    """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
-    config, device = parts.config, parts.accelerator.device
-    totals = torch.tensor(sums, dtype=torch.float32, device=device)
-    if parts.role.turns.step > 1:  # else every process has seen the same
-        totals = parts.accelerator.reduce(totals, "sum")
-    loss_sum, accuracy_sum, *draws = totals.tolist()
-    row: dict[str, object] = {
-        "epoch": epoch + 1,
-        "loss": loss_sum / sum(draws),
-        "score_accuracy": accuracy_sum / sum(draws),
-        "lr": learning_rate(config, parts.epoch_steps, (epoch + 1) * parts.epoch_steps - 1),
-        **parts.strategy.report(progress),
-        "draws": [int(count) for count in draws],
-        "seconds": round(seconds, 2),
-        "peak_memory_mib": _peak_memory_mib(device),
-    }
-    if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
-        accuracy = _evaluate_all(parts).amax(1).tolist()
-        row["accuracy"] = {str(layout): value for layout, value in zip(parts.space, accuracy, strict=True)}
-    if parts.accelerator.is_main_process:
-        _log.info("epoch %d/%d: loss %.3f, score accuracy %.2f %%, %.0f s", epoch + 1, config.epochs, row["loss"],
-                  100 * accuracy_sum / sum(draws), seconds)  # fmt: skip
-    return row
-
-
-def _evaluate_all(parts: _Search) -> Tensor:
-    """Accuracy of every layout under every supernet on all score images, float64 (L, M) on the CPU.
-
-    Supernets normalise by batch, so batches are fixed and never shared between processes.
-    """
-    config, role, data, device = parts.config, parts.role, parts.data, parts.accelerator.device
-    images = parts.score_split
-    correct = torch.zeros(len(parts.space), config.mixture_size, dtype=torch.int64, device=device)
-    order = even_batches(len(images), config.eval_batch_size, random_stream(config.seed, SCORE_ORDER))
-    order = order[role.shard[0] :: role.shard[1]]
-    with parts.accelerator.autocast(), full_float32():
-        for pixels, labels in runtime.progress_bar(images.batches(order, device), len(order), "evaluating all layouts"):
-            inputs = normalise(pixels, data.mean, data.std)
-            for m in role.owned:
-                correct[:, m] += count_correct(parts.mixture.supernets[m], parts.space, inputs, labels)
-    return parts.accelerator.reduce(correct, "sum").cpu().double() / len(images)
-
-
-def _write_result(parts: _Search, folder: RunFolder, accuracy_matrix: Tensor) -> None:
-    """Write search.json and what belongs to it, by the main process."""
-    config, mixture, output = parts.config, parts.mixture, folder.path
-    for m in set(range(len(mixture))) - set(parts.role.owned):  # the other owners' last checkpoints are theirs
-        load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
-    meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
-    save_tensors(output / "supernets.safetensors", mixture.state_dict(), meta)
-    weight_rows, score_rows = map(torch.from_numpy, parts.halves)
-    save_tensors(output / "split.safetensors", {"weight_rows": weight_rows, "score_rows": score_rows})
-    folder.touch()
-    described = parts.source.describe(parts.data)
-    dataset = SearchDataset(**described, weight_images=len(weight_rows), score_images=len(score_rows))
-    found = build_result(parts.space, accuracy_matrix, dataset.image_size, config.in_chans)
-    SearchResult(
-        **dict(found),
-        **parts.strategy.result(),
-        **folder.summary(),
-        recipe=config.recipe,
-        settings=config.settings(),
-        seed=config.seed,
-        epochs=config.epochs,
-        dataset=dataset,
-        peak_memory_mib=_peak_memory_mib(parts.accelerator.device),
-    ).write(output / "search.json")
-    report.draw_search(output)
-    folder.finish()
-
-
-def _checkpoint(parts: _Search, folder: RunFolder, epoch: int) -> None:
-    """Save every supernet by a process that owns it, then the strategy, then mark the checkpoint whole."""
-    accelerator = parts.accelerator
-    if accelerator.is_main_process:
-        folder.new_checkpoint(epoch)
-    accelerator.wait_for_everyone()
-    path = folder.checkpoint(epoch)
-    if parts.role.shard[0] == 0:
-        for m, trainer in parts.trainers.items():
-            save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_tensors(path / "strategy.safetensors", parts.strategy.state_dict())
-        folder.complete_checkpoint(epoch, accelerator)
-    accelerator.wait_for_everyone()
-
-
-def _restore(parts: _Search, folder: RunFolder) -> None:
-    """Load the checkpoint to continue from, if there is one."""
-    if folder.epoch:
-        path = folder.checkpoint(folder.epoch)
-        folder.restore_scaler(parts.accelerator)
-        for m, trainer in parts.trainers.items():
-            load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
-        parts.strategy.load_state_dict(load_tensors(path / "strategy.safetensors"))
 
 
 def _peak_memory_mib(device: torch.device) -> int | None:

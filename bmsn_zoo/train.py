@@ -4,7 +4,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from . import hub, report, runtime
 from .command import run_command
@@ -27,6 +27,7 @@ from .data import (
     Augmentation,
     DataSource,
     ImageData,
+    check_batch_size,
     normalise,
     random_stream,
     shuffled_batches,
@@ -51,6 +52,7 @@ from .run_folder import (
     save_training_state,
 )
 from .search_space import SearchSpace
+from .step import Lag, check_finite
 from .usage import parser_of
 
 _log = logging.getLogger(__name__)
@@ -82,129 +84,159 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         the folder, which holds `model/`, `metrics.json`, the metrics of every epoch and pictures.
 
     Raises:
-        InputError: for a setting that cannot be used; nothing is written then.
+        InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("train", output, resume) as folder:
-        _train(config, folder, accelerator)
+        _Training(config, folder, accelerator).run()
     return folder.path
 
 
-def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
-    space = SearchSpace(config.model, config.layout)
-    layout = space.default_layout
-    found = hub.load_search(config.from_search) if config.from_search else None
-    if found and str(layout) not in found.layouts:
-        raise InputError(f"layout {layout} is none of those that the search {config.from_search} ranked")
-    if config.onnx:
-        require_onnx()
-    device, shard = accelerator.device, (accelerator.process_index, accelerator.num_processes)
-    share, rest = divmod(config.batch_size, shard[1])
-    if rest or share < 2 or (share % 2 and (config.mixup or config.cutmix)):
-        raise InputError(f"batch-size {config.batch_size} cannot be shared by {shard[1]} processes: use a multiple")
+class _Training:
+    """A training as one of its processes does it."""
 
-    source = DataSource(config, torch.get_num_threads())
-    space.backbone.check(layout, source.image_size)
-    with PartialState().local_main_process_first():
-        data, test = source.train(), source.test(check=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        _log.info(source.summary())
-    training, holdout = data.images.near(device), None
-    if config.holdout:
-        kept, apart = stratified_split(
-            data.images.labels.numpy(),
-            config.holdout,
-            config.seed,
-            "a held-out part and the training images",
-            data.label_names,
+    def __init__(self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
+        self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
+        check_batch_size(config.batch_size, accelerator.num_processes, 2 if config.mixup or config.cutmix else 1)
+        self.space = SearchSpace(config.model, config.layout)
+        self.layout = self.space.default_layout
+        self.found = hub.load_search(config.from_search) if config.from_search else None
+        if self.found and str(self.layout) not in self.found.layouts:
+            raise InputError(f"layout {self.layout} is none of those that the search {config.from_search} ranked")
+        if config.onnx:
+            require_onnx()
+
+        self.source = DataSource(config, torch.get_num_threads())
+        self.space.backbone.check(self.layout, self.source.image_size)
+        with PartialState().local_main_process_first():
+            # the test images too: what is wrong with them must not be found after the whole training
+            self.data, self.test = self.source.train(), self.source.test(check=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            _log.info(self.source.summary())
+        self.images, self.holdout = self.data.images.near(self.device), None
+        if config.holdout:
+            labels, what = self.data.images.labels.numpy(), "a held-out part and the training images"
+            parts = stratified_split(labels, config.holdout, config.seed, what, self.data.label_names)
+            self.images, self.holdout = map(self.images.select, parts)
+        if config.batch_size > len(self.images):
+            raise InputError(f"batch-size {config.batch_size} is more than the {len(self.images)} images: use less")
+        self.epoch_steps = len(self.images) // config.batch_size
+
+        torch.manual_seed(config.seed)
+        model = create_network(config, self.layout, self.data)
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.final: nn.Module = self.ema.module if self.ema is not None else self.model  # what is measured and saved
+        self.optimizer = accelerator.prepare_optimizer(create_optimizer(self.model, config))
+        self.network = accelerator.prepare_model(self.model)
+        hard = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.criterion = SoftTargetCrossEntropy() if config.mixup or config.cutmix else hard
+
+    def run(self) -> None:
+        """All epochs, then the one look at the test images."""
+        config, accelerator, folder = self.config, self.accelerator, self.folder
+        segment = {**runtime.describe(accelerator), "command": sys.argv}
+        folder.begin(config, segment, self.source.identity(self.data))
+        accelerator.wait_for_everyone()
+        self._restore()
+
+        for epoch in range(folder.epoch, config.epochs):
+            started = time.monotonic()
+            steps = range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)
+            bar = runtime.progress_bar(self._batches(epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
+            lag, sums = Lag[int](), np.zeros(2)
+            torch.manual_seed(config.seed + epoch * self.shard[1] + self.shard[0])  # dropout alone uses this stream
+            self.model.train()
+
+            for step, images, targets, labels in bar:
+                set_learning_rate(self.optimizer, learning_rate(config, self.epoch_steps, step))
+                logits = self.network(images)
+                loss = self.criterion(logits, targets)
+                accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.ema is not None:
+                    self.ema.update(self.model, step)
+
+                with torch.no_grad():
+                    values = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+                    if self.shard[1] > 1:  # so that all processes notice when one diverges
+                        values = accelerator.reduce(values, "mean")
+                for done, arrived in lag.push(step, values, last=step == steps[-1]):
+                    check_finite(arrived[0], epoch, done % self.epoch_steps)
+                    sums += arrived
+                    bar.set_postfix_str(f"loss {arrived[0]:.3f}", refresh=False)
+
+            if self.shard[1] > 1:
+                # each process has normalised by its own shards; what is measured and saved is one network
+                for network in (self.model, self.final):
+                    distribute_bn(network, self.shard[1], reduce=True)
+            row = self._describe_epoch(epoch, sums / len(steps), started)
+            if accelerator.is_main_process:
+                folder.log(row)
+                folder.touch()
+            self._checkpoint(epoch + 1)
+
+        final = create_network(config, self.layout, self.data).to(self.device)
+        final.load_state_dict(self.final.state_dict())
+        measured = evaluate(final, self.test.images, self.data.mean, self.data.std, accelerator)
+        if accelerator.is_main_process:
+            self._write_result(final.cpu().eval(), measured)
+        accelerator.wait_for_everyone()
+
+    def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Steps of an epoch: augmented images, their targets (mixed if so asked), and their labels, on the device."""
+        config, data = self.config, self.data
+        order = shuffled_batches(
+            len(self.images), config.batch_size, random_stream(config.seed, ORDER, epoch), self.shard
         )
-        training, holdout = training.select(kept), training.select(apart)
-    if config.batch_size > len(training):
-        raise InputError(f"batch-size {config.batch_size} is more than the {len(training)} images: use less")
-    steps = len(training) // config.batch_size
-
-    torch.manual_seed(config.seed)
-    model = create_network(config, layout, data).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-    optimizer = create_optimizer(model, config)
-    network = accelerator.prepare_model(model)
-    prepared = accelerator.prepare_optimizer(optimizer)
-    augment = Augmentation(config.crop_padding, config.flip and not config.alternate_flip)
-    first_mirrored = random_stream(config.seed, AUGMENT).integers(0, 2, len(training))
-    mix = None
-    if config.mixup or config.cutmix:
-        mix = Mixup(
-            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(data.label_names)
-        )
-    criterion = SoftTargetCrossEntropy() if mix else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-
-    folder.begin(config, {**runtime.describe(accelerator), "command": sys.argv}, source.identity(data))
-    accelerator.wait_for_everyone()
-    _restore(folder, model, optimizer, ema, accelerator)
-
-    for epoch in range(folder.epoch, config.epochs):
-        started = time.monotonic()
-        torch.manual_seed(config.seed + epoch * shard[1] + shard[0])  # dropout, the only user of the global stream
-        order = shuffled_batches(len(training), config.batch_size, random_stream(config.seed, ORDER, epoch), shard)
-        crops = augment.draw(steps, config.batch_size, random_stream(config.seed, AUGMENT, epoch), shard)
+        augment = Augmentation(config.crop_padding, config.flip and not config.alternate_flip)
+        crops = augment.draw(len(steps), config.batch_size, random_stream(config.seed, AUGMENT, epoch), self.shard)
         if config.alternate_flip:
-            crops[:, 2] = torch.from_numpy((first_mirrored[np.stack(order)] + epoch) % 2)
-        batches = zip(to_device(crops, device), training.batches(order, device), strict=True)
-        bar = runtime.progress_bar(batches, steps, f"epoch {epoch + 1}/{config.epochs}")
-        sums = torch.zeros(2, device=device)
-        model.train()
-        for index, (drawn, (images, labels)) in enumerate(bar):
-            step = epoch * steps + index
-            set_learning_rate(prepared, learning_rate(config, steps, step))
+            first = random_stream(config.seed, AUGMENT).integers(0, 2, len(self.images))
+            crops[:, 2] = torch.from_numpy((first[np.stack(order)] + epoch) % 2)
+        mix = None
+        if config.mixup or config.cutmix:
+            classes = len(data.label_names)
+            mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+
+        batches = zip(steps, to_device(crops, self.device), self.images.batches(order, self.device), strict=True)
+        for step, drawn, (images, labels) in batches:
             inputs, targets = normalise(augment(images, drawn), data.mean, data.std), labels
             if mix is not None:
                 # timm draws from numpy's global stream
-                np.random.seed(random_stream(config.seed, MIX, step, shard[0]).integers(2**32))
+                np.random.seed(random_stream(config.seed, MIX, step, self.shard[0]).integers(2**32))
                 inputs, targets = mix(inputs, labels)
-            logits = network(inputs)
-            loss = criterion(logits, targets)
-            accelerator.backward(loss)
-            prepared.step()
-            prepared.zero_grad()
-            if ema is not None:
-                ema.update(model, step)
-            with torch.no_grad():
-                sums += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
-            if index % 20 == 19:
-                bar.set_postfix_str(f"loss {float(sums[0]) / (index + 1):.3f}")
+            yield step, inputs, targets, labels
 
-        sums = accelerator.reduce(sums / steps, "mean")
-        final = ema.module if ema is not None else model
-        if shard[1] > 1:
-            # each process has normalised by its own shards; what is measured and saved is one network
-            for each in (model, final):
-                distribute_bn(each, shard[1], reduce=True)
-        measured: dict[str, float] = {}
-        if holdout is not None:
-            with accelerator.autocast():
-                measured = evaluate(final, holdout, data.mean, data.std, accelerator)
-        if accelerator.is_main_process:
-            row = {
-                "epoch": epoch + 1,
-                "loss": float(sums[0]),
-                "train_accuracy": float(sums[1]),
-                "holdout_accuracy": measured.get("accuracy"),
-                "holdout_loss": measured.get("loss"),
-                "lr": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.monotonic() - started, 2),
-            }
-            folder.log(row)
-            folder.touch()
-            held_text = f", held-out accuracy {100 * measured['accuracy']:.2f} %" if measured else ""
-            _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, row["loss"], held_text,
-                      row["seconds"])  # fmt: skip
-        _checkpoint(folder, epoch + 1, model, optimizer, ema, accelerator)
+    def _describe_epoch(self, epoch: int, means: np.ndarray, started: float) -> dict[str, object]:
+        """A row of metrics.jsonl; `means` are the loss and the accuracy on augmented training images."""
+        config, held = self.config, dict[str, float]()
+        if self.holdout is not None:
+            with self.accelerator.autocast():
+                held = evaluate(self.final, self.holdout, self.data.mean, self.data.std, self.accelerator)
+        seconds = time.monotonic() - started
+        if self.accelerator.is_main_process:
+            held_text = f", held-out accuracy {100 * held['accuracy']:.2f} %" if held else ""
+            _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, means[0], held_text, seconds)
+        return {
+            "epoch": epoch + 1,
+            "loss": float(means[0]),
+            "train_accuracy": float(means[1]),
+            "holdout_accuracy": held.get("accuracy"),
+            "holdout_loss": held.get("loss"),
+            "lr": learning_rate(config, self.epoch_steps, (epoch + 1) * self.epoch_steps - 1),
+            "seconds": round(seconds, 2),
+        }
 
-    final = create_network(config, layout, data).to(device)
-    final.load_state_dict((ema.module if ema is not None else model).state_dict())
-    measured = evaluate(final, test.images, data.mean, data.std, accelerator)
-    if accelerator.is_main_process:
+    def _write_result(self, final: PoolingResNet, measured: dict[str, float]) -> None:
+        """Write metrics.json and the model folder; read the model back, and compare."""
+        config, source, data, folder = self.config, self.source, self.data, self.folder
         folder.touch()
+        dataset = TrainDataset(
+            **source.describe(data), test_split=source.test_split, test_fingerprint=self.test.fingerprint
+        )
         result = TrainResult(
             **folder.summary(),
             recipe=config.recipe,
@@ -212,24 +244,47 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> 
             seed=config.seed,
             epochs=config.epochs,
             model=config.model,
-            layout=str(layout),
+            layout=str(self.layout),
             test_accuracy=measured["accuracy"],
             test_loss=measured["loss"],
-            test_images=len(test.images),
+            test_images=len(self.test.images),
             test_precision="fp32",
-            macs=space.macs(layout, source.image_size, config.in_chans),
+            macs=self.space.macs(self.layout, source.image_size, config.in_chans),
             parameters=sum(p.numel() for p in final.parameters()),
             runs=1,
-            train_images=len(training),
-            dataset=TrainDataset(
-                **source.describe(data), test_split=source.test_split, test_fingerprint=test.fingerprint
-            ),
+            train_images=len(self.images),
+            dataset=dataset,
         )
         result.write(folder.path / "metrics.json")
-        _publishable(folder.path, final, data, result, found, config.onnx)
+        model = folder.path / "model"
+        save_model(model, final, data.label_names, result, self.found, config.onnx)
+        reloaded = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
+        pixels, _ = next(data.images.batches([np.arange(min(8, len(data.images)))]))
+        inputs = normalise(pixels, data.mean, data.std)
+        with torch.no_grad():
+            if not torch.equal(reloaded(inputs), final(inputs)):
+                shutil.rmtree(model)
+                raise RuntimeError("the saved model gives other logits than the trained one; it was removed")
         report.draw_training(folder.path)
         folder.finish()
-    accelerator.wait_for_everyone()
+
+    def _checkpoint(self, epoch: int) -> None:
+        if self.accelerator.is_main_process:
+            path = self.folder.new_checkpoint(epoch)
+            save_training_state(path / "model.safetensors", self.model, self.optimizer.optimizer)
+            if self.ema is not None:
+                save_training_state(path / "ema.safetensors", self.ema.module)
+            self.folder.complete_checkpoint(epoch, self.accelerator)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Load the checkpoint to continue from, if there is one."""
+        if self.folder.epoch:
+            path = self.folder.checkpoint(self.folder.epoch)
+            self.folder.restore_scaler(self.accelerator)
+            load_training_state(path / "model.safetensors", self.model, self.optimizer.optimizer)
+            if self.ema is not None:
+                load_training_state(path / "ema.safetensors", self.ema.module)
 
 
 def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
@@ -247,54 +302,6 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
             "std": data.std,
         },
     )
-
-
-def _publishable(
-    output: Path, final: PoolingResNet, data: ImageData, result: TrainResult, found: SearchResult | None, onnx: bool
-) -> None:
-    """Write the model folder, read it back, and compare."""
-    final = final.cpu().eval()
-    save_model(output / "model", final, data.label_names, result, found, onnx)
-    reloaded = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
-    pixels, _ = next(data.images.batches([np.arange(min(8, len(data.images)))]))
-    inputs = normalise(pixels, data.mean, data.std)
-    with torch.no_grad():
-        if not torch.equal(reloaded(inputs), final(inputs)):
-            shutil.rmtree(output / "model")
-            raise RuntimeError("the saved model gives other logits than the trained one; it was removed")
-
-
-def _checkpoint(
-    folder: RunFolder,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3 | None,
-    accelerator: Accelerator,
-) -> None:
-    if accelerator.is_main_process:
-        path = folder.new_checkpoint(epoch)
-        save_training_state(path / "model.safetensors", model, optimizer)
-        if ema is not None:
-            save_training_state(path / "ema.safetensors", ema.module)
-        folder.complete_checkpoint(epoch, accelerator)
-    accelerator.wait_for_everyone()
-
-
-def _restore(
-    folder: RunFolder,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3 | None,
-    accelerator: Accelerator,
-) -> None:
-    """Load the checkpoint to continue from, if there is one."""
-    if folder.epoch:
-        path = folder.checkpoint(folder.epoch)
-        folder.restore_scaler(accelerator)
-        load_training_state(path / "model.safetensors", model, optimizer)
-        if ema is not None:
-            load_training_state(path / "ema.safetensors", ema.module)
 
 
 def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,16 @@ def test_train_learns_with_every_switch_on(image_folder, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_images"] == 48
 
 
+@pytest.mark.parametrize("module", [search_module, train_module], ids=["search", "train"])
+def test_a_run_that_diverges_stops_in_one_line(module, image_folder, tmp_path, capfd):
+    settings = ["--dataset", image_folder, "--batch-size", 16, "--lr", 1e38, "--epochs", 3, "--mixed-precision", "no"]
+    settings += ["--output", tmp_path / "run", *(["--layout", "2-2-6"] if module is train_module else [])]
+    assert module.main([*map(str, settings)]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: the loss became (nan|inf) in epoch [123], step \d: try a lower lr, .*", error)
+    assert not {"metrics.json", "search.json"} & {file.name for file in (tmp_path / "run").iterdir()}
+
+
 def test_search_never_opens_the_test_images(image_dataset, tmp_path):
     """The test images are unreadable: search does not notice, train does."""
     import datasets
@@ -202,7 +213,7 @@ def test_resume_refuses_other_settings_but_takes_another_environment(image_folde
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "_evaluate_all", stop)
+        patch.setattr(search_module._Search, "_evaluate_all", stop)
         with pytest.raises(KeyboardInterrupt):
             search_module.main(settings)
     assert search_module.main([*settings, "--resume", "--lr", "0.2"]) == 2
