@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from hub_server import HubServer
-from huggingface_hub import constants, get_session
+from huggingface_hub import ModelCard, constants, get_session
 from safetensors.torch import load_file, save_file
 from small_runs import COMMON, DEFAULT, FOUND, run
 
@@ -525,6 +525,26 @@ def test_another_number_of_classes_keeps_fresh_classifiers(runs):
     stored, now = load_file(runs.search / "supernets.safetensors"), mixture.state_dict()
     for key in now:
         assert torch.equal(now[key], (fresh if ".fc." in key else stored)[key]), key
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_not_published_as_one(server, runs, image_folder, tmp_path, monkeypatch):
+    """Trained from a relative path, pushed from another folder, where that path leads nowhere."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    shutil.copytree(image_folder, home / "private" / "patients")
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    data = ["--dataset", "private/patients", *COMMON]
+    assert run(search_module, *data, "--mixture-size", 1, "--output", "search") == 0
+    assert run(train_module, *data, "--layout", "4-3-3", "--output", "run") == 0
+    monkeypatch.chdir(elsewhere)
+    hub.push(home / "run", NET)
+    hub.push(home / "search", SEARCH)
+    for repo in (NET, SEARCH):
+        files = server.files(repo)
+        assert not any(b"private/" in content for content in files.values())
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.datasets is None
+        assert "huggingface.co/datasets" not in card.text
 
 
 # what strangers may have put on the Hub

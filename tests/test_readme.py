@@ -1,15 +1,19 @@
 """The README stays true: its commands parse, its files exist, its snippets run."""
 
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser, load_recipe
+from bmsn_zoo.results import TrainResult
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"(?:search|train)\.py(?: [^`\n&#]*)?", README)))
 
 
@@ -32,7 +36,7 @@ def test_every_flag_exists():
     known = set()
     for config_class in (SearchConfig, TrainConfig):
         known |= set(build_parser(config_class, "")._option_string_actions)
-    launchers = {"--num_processes", "--standalone", "--nproc-per-node"}
+    launchers = {"--num_processes", "--standalone", "--nproc-per-node", "--model"}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert mentioned - known - launchers == set()
 
@@ -57,3 +61,48 @@ def test_the_two_set_up_commands_are_those_of_ci():
     for command in ("pip install -e . && accelerate launch search.py", "pip install -e '.[test]' && pytest"):
         assert command in README
         assert command.replace("pip install", "pip install --quiet") in ci
+
+
+def test_every_number_comes_from_a_record():
+    """Those of the zoo from its metrics.json, those of speed from the committed measurements."""
+    summary = runpy.run_path(str(ROOT / "benchmarks" / "summary.py"))
+    native = summary["load"](summary["COLUMNS"]["bf16 computed natively"])
+    rows = []
+    for file in ROOT.glob("hub_configs/*/metrics.json"):
+        result, name = TrainResult.read(file), file.parent.name
+        found = ", found" if result.settings["from_search"] else ""
+        data = result.dataset.id.split("/")[1].upper().replace("R1", "R-1")
+        rows.append(
+            f"[`{name}`](hub_configs/{name}/README.md) | {data} | {result.layout}{found} "
+            f"| {result.parameters / 1e6:.2f} M | {result.macs / 1e6:.1f} M | {100 * result.test_accuracy:.2f} % |"
+        )
+        assert f"(n = 1, {result.epochs} epochs)" in README
+    claims = [
+        *rows,
+        summary["table"](),
+        f"makes it {native['evaluation_prefix_tree_alone']['ratio']:.1f} times faster for ResNet20",
+        f"peak at {native['memory_of_eight_supernets']['peak_memory_mib'] / 1024:.1f} GiB",
+        f"it would be {native['search_step_if_only_convolutions_took_time']['median']:.1f} times faster",
+        f"made a step {1 / native['compiled_units_speedup']['median']:.1f} times slower",
+        f"read from the cache {native['loading']['first_over_cached']:.0f} times faster",
+    ]
+    text = README.replace("\n", " ")
+    for claim in claims:
+        claim = claim.replace("\n", " ")
+        assert claim in text
+        text = text.replace(claim, "")
+    assert 0.57 < native["time_of_a_step"]["convolutions"] < 0.65 and "three fifths of a step" in text
+    assert 1.8 < native["mixture_parallel_two_processes"]["speedup"] < 2.3 and "about twice the steps" in text
+    assert abs(native["loading"]["first_over_decoding"] - 1) < 0.1 and "in the time of decoding it once" in text
+    text = re.sub(r"2306\.11982|87\.5 % to 92\.0 %", "", text)  # the paper and its own numbers
+    assert re.findall(r"\d+\.\d+", text) == []
+
+
+def test_timms_scripts_know_our_models(tmp_path):
+    """By the one line that the README gives, which starts a script of timm's from its folder."""
+    (command,) = re.findall(r"^python -c .*$", README, re.M)
+    script = "import argparse, timm\nparser = argparse.ArgumentParser()\nparser.add_argument('--model')\n"
+    (tmp_path / "validate.py").write_text(script + "print(timm.create_model(parser.parse_args().model).layout)\n")
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "3-4-3\n", done.stderr
