@@ -9,7 +9,6 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
-from torch import Tensor
 
 from .card import portable, write_card
 from .config import TrainConfig, shipped_folder
@@ -19,6 +18,7 @@ from .files import read_json, sha256, write_json
 from .models import PoolingResNet
 from .models.found import HUB_ORG
 from .results import SearchResult, TrainResult
+from .run_folder import check_weights
 
 # all that a model folder may hold: no pickle is among it
 MODEL_FILES = (
@@ -120,19 +120,6 @@ def load_model(folder: Path) -> PoolingResNet:
         if found != recorded:
             raise InputError(f"{folder}: the model has another {what} than metrics.json says: restore both files")
     return model
-
-
-def check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
-    """Refuse weights that no run of ours saves.
-
-    Raises:
-        InputError: if a tensor is of another type than the network's `own`, or holds a number that is not finite.
-    """
-    for key, tensor in weights.items():
-        if key in own and tensor.dtype != own[key].dtype and not key.endswith("layout_units"):
-            raise InputError(f"{name}: {key} is {tensor.dtype}, not {own[key].dtype}: save it as it was trained")
-        if not tensor.isfinite().all():
-            raise InputError(f"{name}: {key} holds numbers that are not finite: train it again")
 
 
 def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None = None) -> Path:

@@ -1,10 +1,8 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
-from .results import Entry, Ranking
+from .results import Entry, Ranking, pareto_front
 from .search_space import SearchSpace
 
 
@@ -29,7 +27,7 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         )
         for index, layout in enumerate(space)
     ]
-    ranking = sorted(entries, key=lambda entry: (-entry.accuracy, entry.macs, entry.layout))
+    ranking = sorted(entries, key=Entry.order)
     default = entries[space.index(space.default_layout)]
     return Ranking(
         model=space.name,
@@ -42,12 +40,3 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         layouts=[str(layout) for layout in space],
         accuracy_matrix=accuracy.tolist(),
     )
-
-
-def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
-    """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
-    front: list[Entry] = []
-    for entry in sorted(entries, key=lambda e: (e.macs, -e.accuracy)):
-        if not front or entry.accuracy > front[-1].accuracy:
-            front.append(entry)
-    return front

@@ -1,5 +1,6 @@
 """What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -91,6 +92,10 @@ class Entry(Record):
     macs: Count
     supernet: Count
 
+    def order(self) -> tuple[float, int, str]:
+        """To sort by: the most accurate first, of two equals the cheaper one."""
+        return (-self.accuracy, self.macs, self.layout)
+
 
 class Segment(Record):
     """An uninterrupted part of a run: what it computed on, and from which epoch on, for how many seconds.
@@ -177,6 +182,15 @@ class Run(Record):
     segments: Annotated[list[Segment], Field(min_length=1), FailFast()]
 
 
+def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
+    front: list[Entry] = []
+    for entry in sorted(entries, key=lambda e: (e.macs, -e.accuracy)):
+        if not front or entry.accuracy > front[-1].accuracy:
+            front.append(entry)
+    return front
+
+
 class Ranking(Record):
     """All layouts of a search space, ranked.
 
@@ -202,14 +216,22 @@ class Ranking(Record):
         space = [str(layout) for layout in SearchSpace(self.model, self.default.layout)]
         if self.layouts != space or sorted(entry.layout for entry in self.ranking) != sorted(space):
             raise ValueError(f"it does not rank the {len(space)} layouts of its search space")
-        if not {self.default, self.best, self.best_within_default_macs, *self.pareto_front} <= set(self.ranking):
-            raise ValueError("it names layouts otherwise than it ranks them")
-        if any(entry.supernet >= self.mixture_size for entry in self.ranking):
-            raise ValueError(f"it names supernets beyond its {self.mixture_size}")
         for name in {"accuracy_matrix", "assignment_matrix", "scores"} & set(type(self).model_fields):
             matrix = getattr(self, name)
             if [len(row) for row in matrix] != [self.mixture_size] * len(space):
                 raise ValueError(f"its matrices are not of {len(space)} layouts x {self.mixture_size} supernets")
+        rows = dict(zip(space, self.accuracy_matrix, strict=True))
+        for entry in self.ranking:
+            row = rows[entry.layout]
+            if not (entry.supernet < len(row) and entry.accuracy == row[entry.supernet] == max(row)):
+                raise ValueError(f"it ranks {entry.layout} by another accuracy than it holds")
+        within = [entry for entry in self.ranking if entry.macs <= self.default.macs]
+        if self.ranking != sorted(self.ranking, key=Entry.order) or self.default not in within:
+            raise ValueError("its ranking is out of order")
+        if [self.best, self.best_within_default_macs] != [self.ranking[0], within[0]]:
+            raise ValueError("it names others as the best than it ranks first")
+        if self.pareto_front != pareto_front(self.ranking):
+            raise ValueError("its Pareto front is not that of its ranking")
         return self
 
     def pick(self, choice: str) -> Entry:

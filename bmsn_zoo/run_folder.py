@@ -422,19 +422,21 @@ def load_tensors(path: Path, shown: str = "") -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{shown or path} is damaged: {first_line(error)}") from None
-    check_finite(tensors, shown or str(path))
+    check_weights(tensors, {}, shown or str(path))
     return tensors
 
 
-def check_finite(tensors: dict[str, Tensor], shown: str) -> None:
-    """Refuse weights that compute nothing.
+def check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    """Refuse weights that no run of ours saves.
 
     Raises:
-        InputError: if a number in them is not finite; `shown` is what the message calls them.
+        InputError: if a tensor is of another type than the network's `own`, or holds a number that is not finite.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{shown} holds numbers that are not finite, in {name[:80]}")
+    for key, tensor in weights.items():
+        if key in own and tensor.dtype != own[key].dtype and not key.endswith("layout_units"):
+            raise InputError(f"{name}: {key} is {tensor.dtype}, not {own[key].dtype}: save it as it was trained")
+        if not tensor.isfinite().all():
+            raise InputError(f"{name}: {key} holds numbers that are not finite: train it again")
 
 
 def save_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -485,10 +487,7 @@ def _load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
             index, _, name = name.partition(".")
             home = numbers["groups"][int(index)] if part == "group" else state.setdefault(int(index), {})
             home[name] = file.get_tensor(key)
-    for name, own in model.state_dict().items():
-        if name in weights and weights[name].dtype != own.dtype:
-            raise InputError(f"{path} holds {name} as {weights[name].dtype}, not {own.dtype}")
-    check_finite(weights, str(path))
+    check_weights(weights, model.state_dict(), str(path))
     model.load_state_dict(weights)
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
