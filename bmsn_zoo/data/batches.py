@@ -127,22 +127,17 @@ class ImageSet:
         self, order: Sequence[np.ndarray], device: torch.device | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Bytes (B, H, W, C) and labels (B,) of each array of positions in `order`, in turn, on a device or the CPU."""
-        device = device or torch.device("cpu")
-        if self.pixels is not None and self.pixels.is_cuda:
-            sizes = [len(positions) for positions in order]
-            places = to_device(torch.from_numpy(np.concatenate(order or [self.rows[:0]])), self.pixels.device)
-            rows = to_device(torch.from_numpy(self.rows), self.pixels.device)
-            for part in places.split(sizes):
-                yield to_device(self.pixels[rows[part]], device), to_device(self.labels[part], device)
-            return
-        labels, taken = self.labels.numpy(), [self.rows[positions] for positions in order]
-        if self.pixels is None:
-            source = self._loader.read(taken)
-        else:
-            pixels = self.pixels.numpy()  # torch's own indexing takes 20 times longer
-            source = (torch.from_numpy(pixels[rows]) for rows in taken)
-        for positions, images in zip(order, source, strict=True):
-            yield to_device(images, device), to_device(torch.from_numpy(labels[positions]), device)
+        device, rows, pixels = device or torch.device("cpu"), [self.rows[each] for each in order], self.pixels
+        images = self._loader.read(rows) if pixels is None else (_take(pixels, batch) for batch in rows)
+        for positions, batch in zip(order, images, strict=True):
+            yield to_device(batch, device), to_device(_take(self.labels, positions), device)
+
+
+def _take(tensor: Tensor, positions: np.ndarray) -> Tensor:
+    """Some of a tensor's rows, where it is; on a CPU by numpy, since torch's own indexing takes 20 times longer."""
+    if tensor.device.type == "cpu":
+        return torch.from_numpy(tensor.numpy()[positions])
+    return tensor[to_device(torch.from_numpy(positions), tensor.device)]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From a name to the splits of a data set: a Hub id, a folder in any format that `datasets` reads, or of images."""
 
+import contextlib
 import logging
 import os
 import re
@@ -55,10 +56,8 @@ def load_splits(config: DataConfig) -> tuple[datasets.DatasetDict, bool]:
     datasets.disable_progress_bars()
     hub_logging.set_verbosity_error()  # the error that follows says all that its retries would
     try:
-        loaded = _load(path, config)
-        return datasets.DatasetDict({split: _with_images(table) for split, table in loaded.items()}), (
-            config.dataset_id is not None or not path.is_dir()
-        )
+        loaded = {split: _plain(table) for split, table in _load(path, config).items()}
+        return datasets.DatasetDict(loaded), config.dataset_id is not None or not path.is_dir()
     except InputError:
         raise
     except Exception as error:  # whatever a loader of any format raises is about the user's data set
@@ -74,26 +73,26 @@ def _load(path: Path, config: DataConfig) -> datasets.DatasetDict:
         loaded = datasets.load_from_disk(str(path))
         return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
     listed = (path / "README.md").is_file() and "data_files:" in (path / "README.md").read_text("utf-8", "replace")
-    if path.is_dir() and not listed and not config.dataset_config and (folders := _image_folders(path)) is not None:
-        return folders
+    if path.is_dir() and not listed and not config.dataset_config and (made := _image_folders(path)) is not None:
+        return made
     if path.is_dir() and has_magic(str(path)):
         raise InputError(f"dataset {config.dataset!r}: rename the folder, brackets in its name are taken for a pattern")
-    builder = datasets.load_dataset_builder(
-        str(path) if path.is_dir() else config.dataset, name=config.dataset_config, revision=config.dataset_revision
-    )
-    files = {split: list(names) for split, names in (builder.config.data_files or {}).items()}
-    test = config.test_split or default_test_split(files)
-    both = set(files.get(config.train_split, ())) & set(files.get(test, ()) if test != config.train_split else ())
-    if both:
-        raise InputError(f"{min(both)} is in two splits, {config.train_split} and {test}: rename files or folders")
+    name = str(path) if path.is_dir() else config.dataset
+    builder = datasets.load_dataset_builder(name, name=config.dataset_config, revision=config.dataset_revision)
+    files = builder.config.data_files or {}
+    train, test = config.train_split, config.test_split or default_test_split(files)
+    both = {*files.get(train, ())} & {*files.get(test, ())}
+    if both and test != train:
+        raise InputError(f"{min(both)} is in two splits, {train} and {test}: rename files or folders")
     builder.download_and_prepare()
     loaded = builder.as_dataset()
-    return datasets.DatasetDict({name: _with_own_classes(table, files.get(name, [])) for name, table in loaded.items()})
+    return datasets.DatasetDict({split: _with_own_classes(table, files.get(split)) for split, table in loaded.items()})
 
 
-def _with_own_classes(table: datasets.Dataset, files: list[str]) -> datasets.Dataset:
+def _with_own_classes(table: datasets.Dataset, files: list[str] | None) -> datasets.Dataset:
     """A split with the class names of its own parquet files; `datasets` gives it those of the first split."""
-    schemas = [datasets.Features.from_arrow_schema(pq.read_schema(file)) for file in files if _is_local_parquet(file)]
+    local = [file for file in files or () if file.endswith(".parquet") and os.path.exists(file)]
+    schemas = [datasets.Features.from_arrow_schema(pq.read_schema(file)) for file in local]
     for column in [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]:
         own = [feature.names for schema in schemas if isinstance(feature := schema.get(column), datasets.ClassLabel)]
         if any(names != own[0] for names in own):
@@ -103,11 +102,7 @@ def _with_own_classes(table: datasets.Dataset, files: list[str]) -> datasets.Dat
     return table
 
 
-def _is_local_parquet(file: str) -> bool:
-    return file.endswith(".parquet") and os.path.exists(file)
-
-
-def _with_images(table: datasets.Dataset) -> datasets.Dataset:
+def _plain(table: datasets.Dataset) -> datasets.Dataset:
     """A split with all columns in plain format; columns that hold images as others write them become images."""
     for name, feature in table.features.items():
         if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
@@ -156,40 +151,35 @@ def _image_folders(path: Path) -> datasets.DatasetDict | None:
             return None  # several images in a row, or their names elsewhere
         files = [home / name for home, frame in frames for name in frame.pop("file_name")]
         rows = pd.concat([frame for _, frame in frames], ignore_index=True)
-    folders = [Path(os.path.relpath(file, path)).parts[:-1] for file in files]
-    labels = [parts[-1] if parts and not (metadata and _splits_in(*parts[-1:])) else "" for parts in folders]
+    folders = [file.relative_to(path).parts[:-1] for file in files]
+    labels = [parts[-1] if parts and not (metadata and _splits_in(parts[-1])) else "" for parts in folders]
     splits = [_splits_in(*(parts if metadata else parts[:-1])) for parts in folders]
     if not any(splits):
-        if not metadata and any(labels) and all(_splits_in(label) for label in labels):
+        if not metadata and any(labels) and all(map(_splits_in, labels)):
             raise InputError(f"the images in {path / labels[0]} lie in no class folder: make one for each class there")
         splits = [_splits_in(file.stem) for file in files]
         if {"train"} not in splits or any(len(named) != 1 for named in splits):
             splits = [{"train"}] * len(files)
     by_folder = len({*labels} - {""}) > 1 and "label" not in rows
-    used = [bool(named) and bool(label or not by_folder) for named, label in zip(splits, labels, strict=True)]
-    if not all(used):
-        out = files[used.index(False)]
-        _log.warning(
-            "%d images lie in no folder of a split and a class and are left out, as %s", used.count(False), out
-        )
-    members: dict[str, list[int]] = {}
-    homes: dict[tuple[int, int], str] = {}
-    for row in np.flatnonzero(used).tolist():
-        named = {*splits[row]}
-        if files[row].exists():  # under whichever name
-            status = files[row].stat()
-            named.add(homes.setdefault((status.st_dev, status.st_ino), min(named)))
-        if len(named) > 1:
-            raise InputError(f"{files[row]} is in two splits, {' and '.join(sorted(named))}: rename or remove it")
-        members.setdefault(min(named), []).append(row)
+    chosen: dict[str, list[int]] = {}
+    seen: dict[Any, str] = {}
+    for row, (file, named) in enumerate(zip(files, splits, strict=True)):
+        if named and (labels[row] or not by_folder):
+            with contextlib.suppress(OSError):  # whatever name it goes by
+                named = {*named, seen.setdefault((os.stat(file).st_dev, os.stat(file).st_ino), min(named))}
+            if len(named) > 1:
+                raise InputError(f"{file} is in two splits, {' and '.join(sorted(named))}: rename or remove it")
+            chosen.setdefault(min(named), []).append(row)
+    kept = sum(map(len, chosen.values()))
+    if kept < len(files):
+        _log.warning("%d images of %s lie in no folder of a split and a class: left out", len(files) - kept, path)
     made = datasets.DatasetDict()
-    for split, chosen in members.items():
-        frame = rows.iloc[chosen].assign(image=[str(files[row]) for row in chosen])
+    for split, members in chosen.items():
+        frame = rows.iloc[members].assign(image=[str(files[row]) for row in members])
         if by_folder:
-            names = sorted({labels[row] for row in chosen})
-            frame["label"] = [names.index(labels[row]) for row in chosen]
+            names, frame["label"] = np.unique([labels[row] for row in members], return_inverse=True)
         table = datasets.Dataset.from_pandas(frame, preserve_index=False).cast_column("image", datasets.Image())
-        made[split] = table.cast_column("label", datasets.ClassLabel(names=names)) if by_folder else table
+        made[split] = table.cast_column("label", datasets.ClassLabel(names=list(names))) if by_folder else table
     return made
 
 
@@ -210,7 +200,7 @@ def _walk(path: Path) -> tuple[list[Path], list[Path]]:
             stem, suffix = os.path.splitext(name.lower())
             if stem == "metadata" and suffix in _METADATA:
                 metadata.append(home / name)
-            elif suffix in (".parquet", ".arrow"):
+            elif suffix in (".parquet", ".arrow", ".tar"):
                 return [], []
             elif suffix in known and not name.startswith("."):
                 images.append(home / name)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,10 +117,11 @@ def open_image(value: dict[str, Any] | None, likely: str | None = None) -> Image
     return Image.open(file)
 
 
+@dataclass
 class RowReader(Dataset):
     """Rows of a split as pixels; an unreadable image comes back as the text of its error.
 
-    Args:
+    Attributes:
         source: the split.
         column: of the images.
         split: name of the split, for errors.
@@ -127,22 +129,21 @@ class RowReader(Dataset):
         size: side of the square of pixels.
         in_chans: 3 for colour, 1 for gray.
         scales: black and white of the modes of more than 8 bits, see `find_scale`.
+        likely: the format of the last image.
     """
 
-    def __init__(
-        self,
-        source: datasets.Dataset,
-        column: str,
-        split: str,
-        rows: np.ndarray,
-        size: int = 1,
-        in_chans: int = 3,
-        scales: Mapping[str, Scale] | None = None,
-    ) -> None:
-        self.source = source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.column, self.split, self.rows, self.size, self.in_chans = column, split, rows, size, in_chans
-        self.scales = scales
-        self.likely: str | None = None  # the format of the last image
+    source: datasets.Dataset
+    column: str
+    split: str
+    rows: np.ndarray
+    size: int = 1
+    in_chans: int = 3
+    scales: Mapping[str, Scale] | None = None
+    likely: str | None = None
+
+    def __post_init__(self) -> None:
+        self.source = self.source.select_columns([self.column])
+        self.source = self.source.cast_column(self.column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.rows)
