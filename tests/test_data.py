@@ -22,6 +22,7 @@ from bmsn_zoo.data import (
     random_stream,
     shuffled_batches,
     stratified_split,
+    to_device,
     to_pixels,
 )
 from bmsn_zoo.data import pixels as pixels_module
@@ -619,6 +620,22 @@ def test_selection_keeps_images_and_labels_together(unequal):
     ((pixels, labels),) = twice.batches([np.array([0, 1])])
     assert pixels[:, 0, 0, 0].tolist() == [13, 11]
     assert labels.tolist() == images.labels[[13, 11]].tolist()
+
+
+# order of images@pytest.mark.parametrize("kind", ["cpu", "mps", "xpu", "cuda"])
+def test_only_cuda_is_not_waited_for(kind):
+    """Elsewhere a copy that is still under way reads memory that was given back."""
+    calls = []
+
+    class Recorded(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append((function.__name__, (kwargs or {}).get("non_blocking", False)))
+            return False if function.__name__ == "__get__" else args[0]
+
+    to_device(torch.zeros(2).as_subclass(Recorded), torch.device(kind))
+    copies = [call for call in calls if call[0] != "__get__"]
+    assert copies == ([("pin_memory", False), ("to", True)] if kind == "cuda" else [("to", False)])
 
 
 # order of images

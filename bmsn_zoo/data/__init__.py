@@ -17,23 +17,3 @@ from .batches import (
 )
 from .pixels import channel_statistics, to_pixels
 from .sources import DataSource, ImageData
-
-__all__ = [
-    "AUGMENT",
-    "MIX",
-    "ORDER",
-    "SCORE_ORDER",
-    "Augmentation",
-    "DataSource",
-    "ImageData",
-    "ImageSet",
-    "channel_statistics",
-    "check_batch_size",
-    "even_batches",
-    "normalise",
-    "random_stream",
-    "shuffled_batches",
-    "stratified_split",
-    "to_device",
-    "to_pixels",
-]

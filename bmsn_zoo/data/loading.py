@@ -179,7 +179,7 @@ def _image_folders(path: Path) -> datasets.DatasetDict | None:
         if by_folder:
             names, frame["label"] = np.unique([labels[row] for row in members], return_inverse=True)
         table = datasets.Dataset.from_pandas(frame, preserve_index=False).cast_column("image", datasets.Image())
-        made[split] = table.cast_column("label", datasets.ClassLabel(names=list(names))) if by_folder else table
+        made[split] = table.cast_column("label", datasets.ClassLabel(names=names.tolist())) if by_folder else table
     return made
 
 
