@@ -622,7 +622,7 @@ def test_selection_keeps_images_and_labels_together(unequal):
     assert labels.tolist() == images.labels[[13, 11]].tolist()
 
 
-# order of images@pytest.mark.parametrize("kind", ["cpu", "mps", "xpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "mps", "xpu", "cuda"])
 def test_only_cuda_is_not_waited_for(kind):
     """Elsewhere a copy that is still under way reads memory that was given back."""
     calls = []
