@@ -1,5 +1,7 @@
 """Cards of models and searches for the Hub, written from a run's own records by the templates in templates/."""
 
+import functools
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -8,7 +10,6 @@ from typing import Any, TypeVar
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
 
 from .export import preparation
 from .files import write_text
@@ -18,7 +19,6 @@ from .search_space import BACKBONES
 
 SOME_NAME = "YOUR_NAME/THIS_REPOSITORY"  # stands for the Hub id of a folder that was not pushed yet
 _UNLICENSED = ("uoft-cs/cifar10", "uoft-cs/cifar100")  # the Hub lists them as unknown
-_TAGS = ["bmsn_zoo", "neural-architecture-search"]
 # flags that say where a run lies, not what it computes; those with a value, and those without
 _LOCAL_VALUES = ("--output", "--dataset", "--dataset-id", "--from-search", "--init-from", "--push-to-hub", "--revision")
 _LOCAL_SWITCHES = ("--resume", "--private", "--create-pr")
@@ -48,32 +48,9 @@ def write_card(
     data, backbone = result.dataset, BACKBONES[result.model]
     layouts = (Layout.parse(result.layout), backbone.default_layout)
     sizes = [backbone.resolutions(layout, data.image_size) for layout in layouts]
-    title = model_name or f"{result.model} {result.layout}"
-    metadata = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        license="apache-2.0",
-        tags=["image-classification", "timm", *_TAGS],
-        datasets=[data.id] if data.on_hub else None,
-        metrics=["accuracy"],
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=data.id,
-                dataset_name=data.id,
-                dataset_split=data.test_split,
-                dataset_revision=data.revision,
-                metric_type="accuracy",
-                metric_name="test accuracy (fraction of 1, last epoch, one run)",
-                metric_value=result.test_accuracy,
-            )
-        ],
-    )
     text = _render(
         "model.md.j2",
-        metadata=metadata,
-        title=title,
+        title=model_name or f"{result.model} {result.layout}",
         name=name,
         model_name=model_name,
         result=result,
@@ -98,13 +75,7 @@ def search_card(search: SearchResult, name: str) -> str:
         search: portable.
         name: Hub id that the usage shows.
     """
-    metadata = ModelCardData(
-        library_name="bmsn_zoo",
-        license="apache-2.0",
-        tags=_TAGS,
-        datasets=[search.dataset.id] if search.dataset.on_hub else None,
-    )
-    return _render("search.md.j2", metadata=metadata, result=search, name=name, rows=list(ranked_rows(search, 10)))
+    return _render("search.md.j2", result=search, name=name, rows=list(ranked_rows(search, 10)))
 
 
 def percent(fraction: float) -> str:
@@ -139,6 +110,7 @@ def _render(template: str, result: SearchResult | TrainResult, **values: Any) ->
         millions=lambda number, places=1: f"{number / 1e6:.{places}f} M",
         duration=lambda seconds: f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes",
         count=lambda number, what: f"{number} {what}{'' if number == 1 else 's'}",
+        quoted=functools.partial(json.dumps, ensure_ascii=False),
         yaml=lambda settings: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         hardware=_hardware,
         command=_command,

@@ -14,22 +14,15 @@ from .card import portable, write_card
 from .config import TrainConfig, shipped_folder
 from .errors import InputError, first_line
 from .export import export_onnx, preparation, require_onnx
-from .files import read_json, sha256, write_json
+from .files import read_bytes, read_json, sha256, write_json
 from .models import PoolingResNet
 from .models.found import HUB_ORG
 from .results import SearchResult, TrainResult
 from .run_folder import check_weights
 
 # all that a model folder may hold: no pickle is among it
-MODEL_FILES = (
-    "README.md",
-    "config.json",
-    "metrics.json",
-    "metrics.jsonl",
-    "model.onnx",
-    "model.safetensors",
-    "search.json",
-)
+_RECORDS = ("config.json", "metrics.json", "metrics.jsonl", "search.json")
+MODEL_FILES = ("README.md", *_RECORDS, "model.onnx", "model.safetensors")
 # what may differ between models that are compared: what is compared, and where the data lay, whose fingerprints count
 _DATA = {"fingerprint", "test_fingerprint", "image_size"}
 _FREE = {"layout", "seed", "from_search", "pick", "dataset", "dataset_id", "dataset_config", "dataset_revision"}
@@ -151,9 +144,8 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        shutil.copyfile(source / "model.safetensors", partial / "model.safetensors")
-        shutil.copyfile(Path(run) / "metrics.jsonl", partial / "metrics.jsonl")
-        portable(metrics).write(partial / "metrics.json")
+        for file in (source / "model.safetensors", source / "metrics.json", Path(run) / "metrics.jsonl"):
+            (partial / file.name).write_bytes(read_bytes(file))
         if (source / "search.json").is_file():
             portable(SearchResult.read(source / "search.json")).write(partial / "search.json")
         config = _for_every_client(read_json(source / "config.json"))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .card import percent, ranked_rows
 from .command import run_command
-from .errors import InputError, first_line
+from .errors import InputError
 from .files import read_text
 from .results import Entry, SearchResult, TrainResult, fault
 from .usage import parser_of
@@ -64,11 +64,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {first_line(error)}") from None
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
 
 
 def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequence[float]) -> None:
