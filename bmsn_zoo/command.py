@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import InputError, first_line
+from .launch import rank
 
-WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
 _FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
 _PLACES = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
@@ -31,27 +30,13 @@ def follow(run: Any) -> None:
     _run = run
 
 
-def _number(names: tuple[str, ...], default: int) -> int:
-    values = [os.environ[name] for name in names if os.environ.get(name)]
-    return int(values[0]) if values and values[0].isdecimal() else default
-
-
-def launched_processes() -> int:
-    """Processes that a launcher started together; 1 for a process alone."""
-    return max(1, _number(WORLD_VARIABLES, 1))
-
-
-def rank() -> int:
-    """Number of this process among them; 0 for one alone, whatever RANK was left in its environment."""
-    return _number(RANK_VARIABLES, 0) if launched_processes() > 1 else 0
-
-
 def run_command(run: Callable[[], None]) -> int:
     """Run a command to its exit code: 2, and one line on standard error, for what a user can mend.
 
     Every process may speak, those after the first a moment later: where all meet one mistake, their launcher has
     ended them by then. Our own faults keep their traceback.
     """
+    follow(None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale

@@ -158,10 +158,8 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
         if folder is None:
             folder = RunFolder(Path(path), main=False)
             folder.epoch = epoch
-        try:
-            yield folder
-        finally:
-            follow(None)
+        yield folder
+        follow(None)  # not after an error, which says how to go on
 
 
 @contextmanager

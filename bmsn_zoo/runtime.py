@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,33 +15,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, tqdm
 
-from .command import RANK_VARIABLES, WORLD_VARIABLES, launched_processes
+from . import __version__
 from .config import DataConfig, SearchConfig
 from .errors import InputError, first_line
+from .launch import PROCESS_VARIABLES, check_launch, launched_processes
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_PROCESS_VARIABLES = (*WORLD_VARIABLES, *RANK_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OFF = ("false", "no", "n", "f", "off", "0")
-_FLAG = ("true", "false", "yes", "y", "t", "on", "1", *_OFF)
-# what a launcher may ask for; what is not listed does not reach the numbers
-_ALLOWED = {
-    **{f"ACCELERATE_{name}": _FLAG for name in ("USE_CPU", "DEBUG_MODE", "CPU_AFFINITY", "USE_SAGEMAKER")},
-    **{f"ACCELERATE_DYNAMO_{name}": _FLAG for name in ("USE_FULLGRAPH", "USE_DYNAMIC")},
-    **{f"ACCELERATE_USE_{name}": _OFF for name in ("FSDP", "MEGATRON_LM", "DEEPSPEED", "PARALLELISM_CONFIG")},
-    **{f"ACCELERATE_{name}": _OFF for name in ("DOWNCAST_BF16", "IN_TPU_POD", "DYNAMO_USE_REGIONAL_COMPILATION")},
-    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": ("no",),
-    "ACCELERATE_MIXED_PRECISION": ("no", "bf16", "fp16"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
-    "ACCELERATE_GRADIENT_CLIPPING": ("none",),
-    "ACCELERATE_DYNAMO_MODE": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-}
-_ADVICE = {
-    **{name: "launch on one device, or with plain DDP" for name, allowed in _ALLOWED.items() if allowed is _OFF},
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "unset it; --batch-size counts all images of a step",
-    "ACCELERATE_GRADIENT_CLIPPING": "unset it, gradients are not clipped",
-}
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
 
@@ -63,35 +44,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_launch(environment: Mapping[str, str], searching: bool) -> None:
-    """Refuse what a launcher asks for that would be ignored, change the numbers unseen, or makes no sense.
-
-    Args:
-        environment: variables, as `accelerate launch` sets them from its flags and the file of `accelerate config`.
-        searching: whether supernets are trained, whose layout changes at every step.
-
-    Raises:
-        InputError: for the first such variable.
-    """
-    for name, allowed in _ALLOWED.items():
-        if environment.get(name, allowed[0]).strip().lower() not in allowed:
-            advice = _ADVICE.get(name) or f"use {' or '.join(allowed[:3])}"
-            raise InputError(f"{name}={environment[name]} is not supported: {advice}")
-    for name in set(_PROCESS_VARIABLES) & set(environment):
-        if not environment[name].strip().removeprefix("-").isdecimal():
-            raise InputError(f"{name}={environment[name]} is not a whole number: unset it")
-    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").strip().lower()
-    if backend != "no" and searching:
-        raise InputError(f"dynamo_backend {backend}: a search would compile every layout anew: launch it with no")
-    if backend not in ("no", *torch._dynamo.list_backends(exclude_tags=None)):
-        raise InputError(f"dynamo_backend {backend!r} is unknown to this torch: launch with inductor or no")
-    device = environment.get("ACCELERATE_TORCH_DEVICE", "cpu")
-    try:
-        torch.zeros(1, device=device).tolist()
-    except (AssertionError, RuntimeError) as error:
-        raise InputError(f"ACCELERATE_TORCH_DEVICE={device} cannot be used: {first_line(error)}") from None
-
-
 def start(config: DataConfig, default_precision: str | None = None) -> Accelerator:
     """Set threads and precision, and join the other processes.
 
@@ -106,11 +58,15 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
     check_launch(os.environ, isinstance(config, SearchConfig))
     processes = launched_processes()
     if processes == 1:  # what was left of another launcher's RANK must not make this a part of something
-        for name in _PROCESS_VARIABLES:
+        for name in PROCESS_VARIABLES:
             os.environ.pop(name, None)
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").strip().lower()
+    if backend != "no" and backend not in torch._dynamo.list_backends(exclude_tags=None):
+        raise InputError(f"dynamo_backend {backend!r} is unknown to this torch: launch with inductor or no")
     try:
+        torch.zeros(1, device=os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")).tolist()
         return _join(config, processes, default_precision)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:  # of torch and accelerate
         if isinstance(error, InputError):
             raise
         raise InputError(f"accelerate cannot start as it was asked to: {first_line(error)}") from error
@@ -164,7 +120,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "hardware": name,
         "tf32": _uses_tf32(device),
         "compiled": None if backend == "no" else backend,
-        "versions": {"bmsn_zoo": _own_version(), "python": platform.python_version(), **versions},
+        "versions": {"bmsn_zoo": __version__, "python": platform.python_version(), **versions},
         "commit": _commit(),
     }
 
@@ -174,12 +130,6 @@ def _uses_tf32(device: torch.device) -> bool | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-
-
-def _own_version() -> str:
-    from . import __version__
-
-    return __version__
 
 
 def _processor_name() -> str:

@@ -1,12 +1,14 @@
 """The commands' lines. --help and mistakes are answered before torch and timm are imported, which takes seconds."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
 
 from .command import run_command
 from .config import Parser, SearchConfig, TrainConfig, add_push_flags, build_config, build_parser, load_recipe
+from .launch import check_launch
 
 _RUNS: dict[str, type[SearchConfig] | type[TrainConfig]] = {"search": SearchConfig, "train": TrainConfig}
 _ABOUT = {
@@ -66,6 +68,8 @@ def answer_early() -> None:
 
 def _check(command: str) -> None:
     given = vars(parser_of(command).parse_args())
+    if command in (*_RUNS, "evaluate"):
+        check_launch(os.environ, command == "search")
     if kind := _RUNS.get(command):
         recipe = load_recipe(given["recipe"], kind) if "recipe" in given else {}
         build_config(kind, {**recipe, **{name: given[name] for name in given if name in kind.model_fields}})

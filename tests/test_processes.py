@@ -237,8 +237,8 @@ def test_full_disk_is_one_line(image_folder, tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "error: File too large: make room, or choose a place that can be written; "
-        f"no epoch was whole yet: start again with --output {tmp_path / 'run'} --resume"
+        f"error: {tmp_path / 'run' / 'checkpoint-1' / 'model.safetensors'}: File too large: make room, or choose a "
+        f"place that can be written; no epoch was whole yet: start again with --output {tmp_path / 'run'} --resume"
     )
 
 
