@@ -93,15 +93,15 @@ def loading(config: SearchConfig, repeats: int) -> dict[str, object]:
                 cacheds.append(time.perf_counter() - started)
             finally:
                 datasets.config.HF_DATASETS_CACHE = cache
-        parts = [part.tolist() for part in np.array_split(source.train_rows, cores * 8)]
-        _images.append(source.train_source.select_columns([source.image_column]))
+        parts = [part.tolist() for part in np.array_split(source.training.rows, cores * 8)]
+        _images.append(source.training.table.select_columns([source.image_column]))
         with get_context("fork").Pool(cores) as pool:
             pool.map(_decode, [[0]] * cores * 4)  # all have started
             started = time.perf_counter()
             pool.map(_decode, parts, 1)
             decodes.append(time.perf_counter() - started)
     return {
-        "images": len(source.train_rows),
+        "images": len(source.training.rows),
         "decoding_once_seconds": round(statistics.median(decodes), 2),
         "first_time_seconds": round(statistics.median(firsts), 2),
         "cached_seconds": round(statistics.median(cacheds), 3),

@@ -151,13 +151,16 @@ class RowReader(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
         try:
             values = self.values(positions)
-        except Exception as error:  # not an image but the file of all of them is damaged
-            return [f"the images of split {self.split!r} cannot be read: {first_line(error)}"]
+        except InputError as error:
+            return [str(error)]
         return [self._read(row, value) for row, value in zip(self.rows[positions], values, strict=True)]
 
     def values(self, positions: Sequence[int]) -> list[dict[str, Any] | None]:
         """What the data set holds at some positions, undecoded."""
-        return self.source[self.rows[positions].tolist()][self.column]
+        try:
+            return self.source[self.rows[positions].tolist()][self.column]
+        except Exception as error:  # not an image but the file of all of them is damaged
+            raise InputError(f"the images of split {self.split!r} cannot be read: {first_line(error)}") from None
 
     def fault(self, row: int, value: dict[str, Any] | None, error: Exception) -> str:
         """Which image of the user's set cannot be read, and why."""

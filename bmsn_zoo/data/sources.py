@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -12,7 +12,7 @@ from ..config import DataConfig
 from ..errors import InputError, brief
 from .batches import SPLIT, ImageSet, random_stream, stratified_split
 from .loading import default_test_split, load_splits
-from .pixels import RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image
+from .pixels import RowLoader, RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image
 
 _STATISTICS_SAMPLE = 4096  # images from which the mean and deviation of a streamed set are measured
 _SCALE_SAMPLE = 128  # images from which the range of values of more than 8 bits is found
@@ -37,12 +37,23 @@ class ImageData:
     image_size: int
 
 
+class Part(NamedTuple):
+    """Rows of a split of the user's set."""
+
+    table: datasets.Dataset
+    split: str
+    rows: np.ndarray
+
+
 class DataSource:
     """The splits of a data set and its columns; images are read only when a split is asked for.
 
     Args:
         config: what to load, see `DataConfig`.
         threads: processes that read images, unless the config says otherwise.
+
+    Attributes:
+        training, held_out: where the training and the test images are.
 
     Raises:
         InputError: if there is no such data set, split or column, or the labels cannot be learned.
@@ -58,24 +69,22 @@ class DataSource:
         if len(train) == 0:
             raise InputError(f"dataset {name} is empty: split {config.train_split!r} has no images")
         self.label_names = _label_names(train, self.label_column)
-        labels, rows = self._labels(train, config.train_split), np.arange(len(train))
+        rows = np.arange(len(train))
+        labels = self._labels(Part(train, config.train_split, rows))
 
         test_name = config.test_split or default_test_split(splits)
         self.test_split = test_name or "a fixed fifth of the training images"
         if test_name is None:
-            rows, held_out = stratified_split(
-                labels, 0.2, 0, "a test fifth and the training images", names=self.label_names
-            )
-            self._test = train, config.train_split, held_out
+            rows, fifth = stratified_split(labels, 0.2, 0, "a test fifth and the training images", self.label_names)
+            self.held_out = Part(train, config.train_split, fifth)
+        elif test_name == config.train_split:
+            raise InputError(f"test-split {test_name!r} is the training split too: the test must be held out")
         else:
-            if test_name == config.train_split:
-                raise InputError(f"test-split {test_name!r} is the training split too: the test must be held out")
             test = self._take_split(splits, test_name)
-            self._test = test, test_name, np.arange(len(test))
+            self.held_out = Part(test, test_name, np.arange(len(test)))
         if config.limit is not None and config.limit < len(rows):
             rows = rows[_stratified_sample(labels[rows], config.limit)]
-        self.train_source, self.train_rows = train, rows
-        self._train = train, config.train_split, rows
+        self.training = Part(train, config.train_split, rows)
         present = np.unique(labels[rows])
         if len(present) < 2:
             raise InputError(f"dataset {name} has one class, {self.label_names[present[0]]!r}: two or more are needed")
@@ -88,31 +97,31 @@ class DataSource:
 
     def train(self) -> ImageData:
         """All training images, with their statistics."""
-        return self._load(*self._train)
+        return self._load(self.training)
 
     def test(self, check: bool = False) -> ImageData:
         """The test images; search never calls this. `check` reads every one, even if they will be streamed."""
-        table, name, _ = self._test
+        table, split, rows = self.held_out
         for column, kind in ((self.image_column, "image"), (self.label_column, "label")):
-            _find_column(table.features, column, kind, f"{self.config.dataset!r}, split {name!r},")
+            _find_column(table.features, column, kind, f"{self.config.dataset!r}, split {split!r},")
         if len(table) == 0:
-            raise InputError(f"dataset {self.config.dataset!r} has no images in its split {name!r}")
-        data = self._load(*self._test)
+            raise InputError(f"dataset {self.config.dataset!r} has no images in its split {split!r}")
+        data = self._load(self.held_out)
         if check and data.images.pixels is None:
-            for _ in data.images.batches(np.array_split(np.arange(len(data.images)), -(-len(data.images) // 64))):
+            for _ in data.images.batches(np.array_split(np.arange(len(rows)), -(-len(rows) // 64))):
                 pass
         return data
 
     def summary(self) -> str:
         """One line that says what is learned from what, and what is held out."""
         names = ", ".join(self.label_names[:10]) + (", ..." if len(self.label_names) > 10 else "")
-        table, split, rows = self._train
+        table, split, rows = self.training
         others = [n for n, feature in table.features.items() if n != self.label_column and _is_label(feature)]
         unused = f", not {' or '.join(map(repr, others))}" if others else ""
-        held = f"split {self._test[1]!r}" if self._test[1] != split else self.test_split
+        held = f"split {self.test_split!r}" if self.held_out.split != split else self.test_split
         return (
             f"data set {self.config.dataset}: {len(self.label_names)} classes of column {self.label_column!r}{unused} "
-            f"({names}); {len(rows)} training images of split {split!r}; {len(self._test[2])} test images: {held}"
+            f"({names}); {len(rows)} training images of split {split!r}; {len(self.held_out.rows)} test images: {held}"
         )
 
     def identity(self, data: ImageData) -> dict[str, Any]:
@@ -146,10 +155,11 @@ class DataSource:
             raise InputError(f"dataset {self.config.dataset!r} has no split {name!r}: it has {', '.join(splits)}")
         return splits[name]
 
-    def _labels(self, table: datasets.Dataset, split: str) -> np.ndarray:
+    def _labels(self, part: Part) -> np.ndarray:
         """Class index of every row, int64; classes are matched by name, whatever their order in this split."""
-        names, where = _class_names(table, self.label_column), f"split {split!r} of dataset {self.config.dataset!r}"
-        codes = table.data.column(self.label_column).combine_chunks().dictionary_encode()
+        names = _class_names(part.table, self.label_column)
+        where = f"split {part.split!r} of dataset {self.config.dataset!r}"
+        codes = part.table.data.column(self.label_column).combine_chunks().dictionary_encode()
         values = codes.dictionary.to_pylist()
         if codes.null_count or (names is not None and any(value < 0 for value in values)):
             raise InputError(f"{where} has unlabelled images: choose a split that has labels")
@@ -160,11 +170,11 @@ class DataSource:
         unknown = sorted(set(values) - set(index))
         if unknown:
             raise InputError(f"{where}: label {brief(unknown[0])} occurs in no training image: relabel or remove it")
-        return np.array([index[value] for value in values])[codes.indices.to_numpy()]
+        return np.array([index[value] for value in values])[codes.indices.to_numpy()[part.rows]]
 
     def _look(self) -> tuple[int, dict[str, tuple[float, float]]]:
         """Shorter side of the first training image, within reason, and the scales of values of more than 8 bits."""
-        table, split, rows = self._train
+        table, split, rows = self.training
         reader = RowReader(table, self.image_column, split, rows)
         sample = [0, *random_stream(0, SPLIT).permutation(len(rows))[:_SCALE_SAMPLE]]
         size, found = 0, dict[str, list[float]]()
@@ -182,21 +192,20 @@ class DataSource:
                     raise InputError(f"data set: {reader.fault(rows[position], value, error)}") from None
         return size, {mode: find_scale(mode, min(values), max(values)) for mode, values in found.items()}
 
-    def _load(self, table: datasets.Dataset, split: str, rows: np.ndarray) -> ImageData:
+    def _load(self, part: Part) -> ImageData:
         size, in_chans = self.image_size, self.config.in_chans
-        reader = RowReader(table, self.image_column, split, rows, size, in_chans, self._scales)
-        labels, places = torch.from_numpy(self._labels(table, split)[rows]), np.arange(len(rows))
-        if len(rows) * size * size * in_chans > self.config.memory_limit * 2**30:
-            images = ImageSet(labels, places, None, reader, self.workers)
-            sample = random_stream(0, SPLIT).permutation(places)[:_STATISTICS_SAMPLE]
+        reader = RowReader(part.table, self.image_column, part.split, part.rows, size, in_chans, self._scales)
+        labels, places = torch.from_numpy(self._labels(part)), np.arange(len(part.rows))
+        if len(places) * size * size * in_chans > self.config.memory_limit * 2**30:
+            pixels, sample = None, random_stream(0, SPLIT).permutation(places)[:_STATISTICS_SAMPLE]
             chunks = np.array_split(sample, -(-len(sample) // 64))
-            mean, std = channel_statistics(torch.cat([pixels for pixels, _ in images.batches(chunks)]))
+            mean, std = channel_statistics(torch.cat(list(RowLoader(reader, self.workers).read(chunks))))
             fingerprint = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
         else:
             pixels, meta = cached_pixels(reader, self.workers)
-            images = ImageSet(labels, places, pixels, reader, self.workers)
             mean, std = tuple(meta["mean"]), tuple(meta["std"])
             fingerprint = hashlib.sha256((meta["sha256"] + str(labels.tolist())).encode()).hexdigest()
+        images = ImageSet(labels, places, pixels, reader, self.workers)
         return ImageData(images, self.label_names, mean, std, fingerprint[:16], size)
 
 
