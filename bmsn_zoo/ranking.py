@@ -1,5 +1,8 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
+from math import comb, sqrt
+from statistics import NormalDist
+
 from torch import Tensor
 
 from .results import Entry, Ranking, pareto_front
@@ -40,3 +43,30 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         layouts=[str(layout) for layout in space],
         accuracy_matrix=accuracy.tolist(),
     )
+
+
+def why_undecided(found: Ranking, chance: float, images: int) -> str | None:
+    """Why no layout can be called the best; None if one can.
+
+    An accuracy a on n images has a variance of a (1 - a) / n. The best one must exceed chance by more than z standard
+    errors of chance, and the worst one by more than z of their difference. z is the one-sided normal quantile of 5 %
+    over the number of comparisons that it was picked from: L x M accuracies, L (L - 1) / 2 pairs of layouts.
+
+    Args:
+        found: what was ranked.
+        chance: share of the most frequent class among the score images, what a constant answer would reach.
+        images: n, of the score split.
+    """
+
+    def told_apart(high: float, low: float, variance: float, comparisons: int) -> bool:
+        return high - low > NormalDist().inv_cdf(1 - 0.05 / max(1, comparisons)) * sqrt(variance / images)
+
+    best, worst, layouts = found.ranking[0], found.ranking[-1], len(found.ranking)
+    high, low = best.accuracy, worst.accuracy
+    reached = f"{best.layout} with {100 * high:.2f} %"
+    if not told_apart(high, chance, chance * (1 - chance), layouts * found.mixture_size):
+        return f"the best, {reached}, cannot be told from chance, {100 * chance:.2f} %, on {images} score images"
+    if not told_apart(high, low, high * (1 - high) + low * (1 - low), comb(layouts, 2)):
+        lowest = f"{worst.layout} with {100 * low:.2f} %"
+        return f"the best, {reached}, cannot be told from the worst, {lowest}, on {images} score images"
+    return None

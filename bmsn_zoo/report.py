@@ -175,12 +175,15 @@ def search_table(result: SearchResult, top: int = 5) -> str:
 def print_search(folder: Path, command: str = "accelerate launch -m bmsn_zoo.") -> None:
     """Print what a search found and how to retrain it; `command` starts our commands."""
     result = SearchResult.read(folder / "search.json")
+    retrain = "retrain the winner:   "
+    if result.undecided:
+        retrain = f"no winner: {result.undecided}: keep the default {result.default.layout}\ntrain the default:    "
     script = ".py" if not command.rstrip().endswith(".") else ""
     sys.stdout.write(
         f"{len(result.layouts)} layouts, ranked by score-split accuracy (n = 1 search):\n"
         f"{search_table(result)}\n"
         f"results and pictures: {folder}\n"
-        f"retrain the winner:   {command}train{script} --from-search {shlex.quote(str(folder))}\n"
+        f"{retrain}{command}train{script} --from-search {shlex.quote(str(folder))}\n"
     )
 
 

@@ -257,6 +257,7 @@ class SearchResult(Ranking, Run):
     """Result of a search.
 
     Attributes:
+        undecided: why no layout can be called the best, see `ranking.why_undecided`; None if one can.
         assignment_matrix: p(supernet given layout), (L, M).
         scores: moving averages of the score accuracy that the assignment comes from, fractions, (L, M).
     """
@@ -264,6 +265,7 @@ class SearchResult(Ranking, Run):
     settings: Annotated[Settings, _checked(SearchConfig)]
     dataset: SearchDataset
     peak_memory_mib: Count | None = None
+    undecided: Annotated[str, Field(max_length=300)] | None = None
     assignment_matrix: Matrix
     scores: Matrix
 

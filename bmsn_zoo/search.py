@@ -34,7 +34,7 @@ from .errors import InputError
 from .evaluate import full_float32
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
-from .ranking import build_result
+from .ranking import build_result, why_undecided
 from .results import SearchDataset, SearchResult
 from .run_folder import (
     RunFolder,
@@ -261,8 +261,10 @@ class _Search:
         folder.touch()
         found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans)
         described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
+        chance = np.bincount(self.score_split.labels.cpu()).max() / score
         SearchResult(
             **dict(found),
+            undecided=why_undecided(found, chance, score),
             **self.strategy.result(),
             **folder.summary(),
             recipe=config.recipe,

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from . import hub, report, runtime
-from .command import run_command
+from .command import rank, run_command
 from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
@@ -307,10 +307,16 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
 def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
     """Training settings that a finished search implies: its data, and the layout picked from its ranking.
 
+    The default layout takes the place of a best one that the search could not tell from the others.
+
     Args:
         result: of the search, as `hub.load_search` gives it.
         pick: "best", "best_within_default_macs", "default", or a layout that the search ranked.
     """
+    if result.undecided and pick.startswith("best"):
+        pick = "default"
+        if rank() == 0:
+            _log.warning("training the default layout %s: %s", result.default.layout, result.undecided)
     inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
     return {**inherited, "image_size": result.dataset.image_size, "layout": result.pick(pick).layout}
 

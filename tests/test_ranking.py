@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bmsn_zoo import SearchSpace
-from bmsn_zoo.ranking import build_result, pareto_front
+from bmsn_zoo.ranking import build_result, pareto_front, why_undecided
 from bmsn_zoo.results import Entry, Ranking
 
 SPACE = SearchSpace("bmsn_resnet20")
@@ -65,3 +65,26 @@ def test_pareto_front(seed):
     for good in front:  # and nobody is better than one on the front
         rivals = [entry for entry in entries if entry.accuracy >= good.accuracy and entry.macs <= good.macs]
         assert all(rival == good for rival in rivals)
+
+
+def undecided(accuracy, chance, images):
+    return why_undecided(result_of(accuracy), chance, images)
+
+
+def test_a_best_layout_is_told_from_chance_and_from_the_worst():
+    accuracy = torch.linspace(0.6, 0.7, 72, dtype=torch.float64).view(36, 2)
+    assert undecided(accuracy, 0.1, 25_000) is None
+    assert "cannot be told from the worst, 1-1-8 with 60.14 %, on 300 score" in undecided(accuracy, 0.1, 300)
+    assert "8-1-1 with 70.00 %, cannot be told from chance, 69.00 %, on 300" in undecided(accuracy, 0.69, 300)
+    assert undecided(torch.full((36, 4), 1.0), 0.5, 10**6), "all perfect"
+    assert undecided(torch.full((36, 4), 0.0), 0.5, 10**6), "all wrong"
+
+
+@pytest.mark.parametrize(("images", "classes"), [(32, 4), (700, 10), (25_000, 100)])
+@pytest.mark.parametrize("accuracy", [None, 0.8])
+def test_layouts_that_are_alike_have_a_winner_in_one_of_twenty_searches_at_most(images, classes, accuracy):
+    """Accuracies drawn as equal layouts would give them, at chance or well above it."""
+    truth = accuracy or 1 / classes
+    draws = torch.distributions.Binomial(images, torch.full((200, 36, 4), truth, dtype=torch.float64)).sample()
+    winners = sum(undecided(matrix / images, 1 / classes, images) is None for matrix in draws)
+    assert winners <= 18  # 5 % of 200, and 2.5 standard deviations

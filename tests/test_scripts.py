@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -21,6 +22,7 @@ from bmsn_zoo import train as train_module
 from bmsn_zoo.assignment import usage
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource, normalise, to_pixels
+from bmsn_zoo.results import SearchResult
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--mixture-size", "2", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
@@ -128,12 +130,38 @@ def test_bf16_ranks_a_trained_mixture_as_float32_does(tmp_path):
     assert float(full[half.argmax()]) > float(full.max()) - 0.01
 
 
-def test_train_takes_the_searchs_winner_and_timm_loads_it(searched, image_dataset, tmp_path):
+def test_a_search_that_shows_nothing_names_no_winner_and_train_takes_the_default(image_dataset, tmp_path, capsys):
+    """Images of noise alone: whatever is best of 72 accuracies on 32 images is so by luck."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    data = {"image": list(noise), "label": [0, 1, 2, 3] * 16}
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_dict(data, features=image_dataset["train"].features), test=image_dataset["test"]
+    ).save_to_disk(tmp_path / "noise")
+    result = search(tmp_path / "noise", tmp_path / "run")
+    assert "cannot be told from chance, 25.00 %, on 32 score images" in result["undecided"]
+    printed = capsys.readouterr().out
+    assert f"no winner: {result['undecided']}: keep the default 4-3-3\ntrain the default: " in printed
+    assert "winner: " in printed and "retrain" not in printed
+
+    found, logged = SearchResult.read(tmp_path / "run" / "search.json"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module._log, "warning", lambda *message: logged.append(message[0] % message[1:]))
+        for pick in ("best", "best_within_default_macs"):
+            assert train_module.settings_from_search(found, pick)["layout"] == "4-3-3"
+            assert logged.pop() == f"training the default layout 4-3-3: {found.undecided}"
+        assert train_module.settings_from_search(found, "7-1-2")["layout"] == "7-1-2"
+        decided = found.model_copy(update={"undecided": None})
+        assert train_module.settings_from_search(decided, "best")["layout"] == found.best.layout
+    assert not logged
+
+
+def test_train_takes_a_layout_of_the_search_and_timm_loads_it(searched, image_dataset, tmp_path):
     output, result = searched
+    best = result["best"]["layout"]
     common = ["--from-search", str(output), "--epochs", "1", "--batch-size", "16", "--mixed-precision", "no"]
-    assert train_module.main([*common, "--output", str(tmp_path / "best")]) == 0
+    assert train_module.main([*common, "--pick", best, "--output", str(tmp_path / "best")]) == 0
     metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
-    assert metrics["layout"] == result["best"]["layout"]
+    assert metrics["layout"] == best
     assert metrics["test_images"] == 32
     assert metrics["macs"] == result["best"]["macs"]
     model_folder = tmp_path / "best" / "model"
@@ -163,10 +191,6 @@ def test_train_takes_the_searchs_winner_and_timm_loads_it(searched, image_datase
     with torch.no_grad():
         close(load_file(tmp_path / "y.safetensors")["y"], model(inputs))
 
-    picked = ["--pick", "2-2-6", "--output", str(tmp_path / "picked")]
-    assert train_module.main([*common, *picked]) == 0
-    assert json.loads((tmp_path / "picked" / "metrics.json").read_text())["layout"] == "2-2-6"
-
 
 def test_train_learns_with_every_switch_on(image_folder, tmp_path):
     arguments = ["--dataset", str(image_folder), "--layout", "2-2-6", "--epochs", "8", "--batch-size", "16"]
@@ -192,8 +216,6 @@ def test_a_run_that_diverges_stops_in_one_line(module, image_folder, tmp_path, c
 
 def test_search_never_opens_the_test_images(image_dataset, tmp_path):
     """The test images are unreadable: search does not notice, train does."""
-    import datasets
-
     broken = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"no image", "path": None}] * 8, "label": [0, 1, 2, 3] * 2},
         features=image_dataset["test"].features,
@@ -228,8 +250,6 @@ def test_resume_refuses_other_settings_but_takes_another_environment(image_folde
 
 @pytest.fixture(scope="session")
 def bad_datasets(image_dataset, tmp_path_factory):
-    import datasets
-
     folder = tmp_path_factory.mktemp("bad")
     train = image_dataset["train"]
     (folder / "empty").mkdir()
