@@ -137,7 +137,7 @@ def _fault(config_class: type[DataConfig], error: ValidationError) -> str:
 
 
 class SearchConfig(DataConfig):
-    """Settings of a search; the defaults are the paper's for ResNet20 on CIFAR-10, but for the epochs."""
+    """Settings of a search; the defaults are the paper's for ResNet20 on CIFAR-10, but for epochs and opt."""
 
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
@@ -150,7 +150,7 @@ class SearchConfig(DataConfig):
     evaluate_every: int = setting(
         0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0, environment=True
     )
-    opt: str = setting("sgd", "timm optimizer")
+    opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")
     lr: float = setting(0.1, "learning rate at the start", 0)
     min_lr: float = setting(0.001, "learning rate at the end of its cosine decay", 0)
     warmup_epochs: int = setting(0, "epochs of linear warm-up", 0)
@@ -178,7 +178,7 @@ class TrainConfig(DataConfig):
     pick: str = setting("best", "layout of that search: best, best_within_default_macs, default, or a layout")
     epochs: int = setting(30, "passes over the training images", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
-    opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's")
+    opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")
     lr: float = setting(0.1, "highest learning rate", 0)
     min_lr: float = setting(0.0, "learning rate at the end", 0)
     sched: str = setting("cosine", "path from lr to min-lr; poly is a line", choices=("cosine", "poly", "constant"))

@@ -164,8 +164,8 @@ def test_recipes_that_the_readme_and_the_defaults_need_are_shipped():
 def test_published_settings_of_cifar10():
     config = build_config(SearchConfig, load_recipe("cifar10-resnet20", SearchConfig))
     expected = dict(
-        epochs=100, mixture_size=4, batch_size=128, lr=0.1, min_lr=0.001, momentum=0.9, weight_decay=0.0,
-        max_sharpness=100, score_momentum=0.9, crop_padding=4, flip=True, opt="sgd",
+        epochs=400, mixture_size=4, batch_size=128, lr=0.1, min_lr=0.001, momentum=0.9, weight_decay=0.0,
+        max_sharpness=100, score_momentum=0.9, crop_padding=4, flip=True, opt="momentum",
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
 
