@@ -111,9 +111,9 @@ def _kind(config_class: type) -> str:
 
 def _check_free(output: Path) -> None:
     try:
-        names = {file.name for file in output.iterdir()} if output.exists() else set()
+        names = {file.name for file in output.iterdir()} if os.path.exists(output) else set()
     except OSError:  # a file, or what cannot be opened, which _take says better
-        names = {""} if output.is_file() else set()
+        names = {""} if os.path.isfile(output) else set()
     names = {name for name in names if not (name.startswith(".") and name.endswith(".partial"))}
     # what a run leaves that was killed as it began
     if names and not {".lock"} <= names <= {".lock", "config.yaml"}:

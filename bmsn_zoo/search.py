@@ -254,8 +254,7 @@ class _Search:
         config, mixture, folder = self.config, self.mixture, self.folder
         for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
             load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
-        meta = {"model": config.model, "mixture_size": str(config.mixture_size)}
-        save_tensors(folder.path / "supernets.safetensors", mixture.state_dict(), meta)
+        save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
         folder.touch()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from small_runs import COMMON
 from timm.optim import create_optimizer_v2
 
 import bmsn_zoo.run_folder
@@ -408,3 +409,56 @@ def test_cut_tensors_are_one_line(tmp_path, size):
         with pytest.raises(InputError, match=r"state.safetensors is damaged") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+# what a kill cuts off at the end
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("search", "bmsn_zoo.search.report.draw_search"),
+        ("search", "bmsn_zoo.run_folder.RunFolder.drop_checkpoints"),
+        ("train", "bmsn_zoo.train.save_model"),
+        ("train", "bmsn_zoo.train.report.draw_training"),
+    ],
+)
+def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_folder, tmp_path, monkeypatch, capsys):
+    module = __import__(f"bmsn_zoo.{kind}", fromlist=["main"])
+    settings = ["--dataset", str(image_folder), *COMMON, *(["--layout", "5-3-2"] if kind == "train" else [])]
+    settings += ["--mixture-size", "1"] if kind == "search" else []
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, end)
+        with pytest.raises(KeyboardInterrupt):
+            module.main([*settings, "--output", str(tmp_path / "cut")])
+    again = module.main(["--output", str(tmp_path / "cut"), "--resume"])
+    if "drop_checkpoints" in where:  # all that the run makes was there
+        assert again == 2 and "finished run" in capsys.readouterr().err
+    else:
+        assert again == 0
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
+    assert module.main([*settings, "--output", str(tmp_path / "whole")]) == 0
+    names = {str(file.relative_to(tmp_path / "whole")) for file in (tmp_path / "whole").rglob("*")}
+    assert {str(file.relative_to(tmp_path / "cut")) for file in (tmp_path / "cut").rglob("*")} == names
+    same = {name for name in names if name.endswith(("tensors", "config.yaml", "config.json", "curves.png"))}
+    assert len(same) >= 3
+    for name in same:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_place_where_nothing_can_be_written_is_noticed_before_images_are_read(tmp_path, monkeypatch, capsys):
+    import bmsn_zoo.search
+    import bmsn_zoo.train
+
+    monkeypatch.setattr("bmsn_zoo.data.sources.load_splits", lambda config: pytest.fail("the data set was read"))
+    for place in (tmp_path / ("x" * 300), tmp_path / "file" / "run", "/proc/run"):
+        (tmp_path / "file").write_text("")
+        for module, more in ((bmsn_zoo.search, []), (bmsn_zoo.train, ["--layout", "5-3-2"])):
+            assert module.main(["--output", str(place), "--mixed-precision", "no", *more]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "cannot be used" in error
