@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import bmsn_zoo
+from bmsn_zoo.export import require_onnx
 
 NAMES = timm.list_models("bmsn_*", include_tags=True)
 OTHER_LAYOUTS = {"bmsn_resnet20": ["1-1-8", "8-1-1", "3-3-2-2"]}
@@ -326,8 +327,11 @@ def test_torch_export(name, layout):
 
 @each_export
 def test_onnx_export(name, layout, tmp_path):
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime")
+    try:
+        require_onnx()
+    except bmsn_zoo.InputError as error:
+        pytest.skip(str(error))
     model = create(name, layout)
     file = tmp_path / "model.onnx"
     torch.onnx.export(
