@@ -20,8 +20,9 @@ from .launch import rank
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
 _FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
 _PLACES = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
-_PLACES += [errno.ENAMETOOLONG, errno.ENOTDIR, errno.EMFILE, errno.ENFILE]
+_PLACES += [errno.ENAMETOOLONG, errno.ENOTDIR]
 _run: Any = None
+_parent = os.getppid()  # early: it may be gone when all is imported
 
 
 def follow(run: Any) -> None:
@@ -99,7 +100,7 @@ def _ends_at_signals() -> Iterator[None]:
     writer.setblocking(False)
     before = {number: signal.signal(number, _noted) for number in numbers}
     woken_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(reader, os.getppid()), daemon=True)
+    thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
     thread.start()
     try:
         yield
@@ -118,6 +119,8 @@ def _noted(number: int, frame: object) -> None:
 
 def _forget_signals() -> None:
     """In a child process: the socket is its parent's, who ends its children; Ctrl-C reaches both."""
+    global _parent
+    _parent = os.getppid()
     if signal.getsignal(signal.SIGTERM) is _noted:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -127,14 +130,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_signals)
 
 
-def _watch(reader: socket.socket, parent: int) -> None:
+def _watch(reader: socket.socket) -> None:
     # what was started by hand may outlive its terminal, what was launched ends with its launcher
     reader.settimeout(0.5 if any(name in os.environ for name in _LAUNCHERS) else None)
     while True:
         try:
             received = reader.recv(1)
         except TimeoutError:
-            if os.getppid() != parent:
+            if os.getppid() != _parent:
                 _end(signal.SIGTERM, "the end of its launcher")
             continue
         if not received:
@@ -146,9 +149,8 @@ def _watch(reader: socket.socket, parent: int) -> None:
 def _end(number: int, cause: str) -> None:
     children = multiprocessing.active_children()
     if rank() == 0:
-        line = "; ".join(filter(None, (f"ended by {cause}", _how_to_resume()))) + "\n"
-        if sys.stderr.isatty():  # below a progress bar
-            line = f"\n{line}"
+        line = "; ".join(filter(None, (f"ended by {cause}", _how_to_resume())))
+        line = "\n" * sys.stderr.isatty() + f"{line}\n"  # below a progress bar
         with contextlib.suppress(OSError):  # the terminal may be gone; sys.stderr may be locked
             os.write(2, line.encode(errors="backslashreplace"))
     for child in children:  # last, since torch raises in the main thread when a reader dies

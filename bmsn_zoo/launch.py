@@ -64,4 +64,6 @@ def check_launch(environment: Mapping[str, str], searching: bool) -> None:
             raise InputError(f"{name}={environment[name]} is not a whole number: unset it")
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").strip().lower()
     if backend != "no" and searching:
-        raise InputError(f"dynamo_backend {backend}: a search would compile every layout anew: launch it with no")
+        raise InputError(
+            f"dynamo_backend {backend}: every layout of a search would be compiled anew: launch it with no"
+        )

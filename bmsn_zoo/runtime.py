@@ -93,8 +93,8 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
         raise InputError(f"mixed-precision fp16 needs a GPU, this is {state.device.type}: use bf16 or no")
     if precision == "bf16" != native and state.device.type in ("cpu", "cuda") and state.is_main_process:
         _log.warning("bf16 is emulated here, which can take ten times as long: use --mixed-precision no")
-    alone = processes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-    if alone and {"MASTER_ADDR", "ACCELERATE_DYNAMO_MODE"} <= set(os.environ):
+    several = {"MASTER_ADDR", "ACCELERATE_DYNAMO_MODE"} <= set(os.environ) and "TORCHELASTIC_RUN_ID" not in os.environ
+    if processes == 1 and several:
         _log.warning("accelerate launch was asked for several processes but starts one on CPUs: use torchrun")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
