@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import timm
+import timm.utils.onnx
 import torch
 from closeness import close
 from timm.optim import create_optimizer_v2
@@ -349,6 +350,32 @@ def test_onnx_export(name, layout, tmp_path):
         x = images(model, batch)
         (logits,) = session.run(["logits"], {"images": x.numpy()})
         close(logits, model(x))
+
+
+@each_export
+def test_what_timms_scripts_call(name, layout, tmp_path):
+    """Beside what is tested here: of train.py, validate.py, benchmark.py, onnx_export.py and avg_checkpoints.py."""
+    model = create(name, layout, device="cpu", dtype=torch.float, exportable=True)
+    x = torch.randn((2,) + timm.data.resolve_data_config({}, model=model, use_test_size=True)["input_size"])
+    expected = model(x)
+
+    saver = timm.utils.CheckpointSaver(model, create_optimizer_v2(model, lr=0.1), checkpoint_dir=str(tmp_path))
+    for epoch in range(3):
+        saver.save_checkpoint(epoch, metric=epoch)
+    states = [timm.models.load_state_dict(str(file)) for file in tmp_path.glob("checkpoint-*")]
+    mean = {key: (sum(state[key].double() for state in states) / len(states)).float() for key in states[0]}
+    torch.save(mean, tmp_path / "averaged.pth")
+    again = create(name, layout, checkpoint_path=str(tmp_path / "averaged.pth"))
+    close(again(x), expected)
+    again.reset_classifier(0)
+    timm.models.load_checkpoint(again, str(tmp_path / "averaged.pth"), strict=False)
+
+    pytest.importorskip("onnx")
+    timm.utils.onnx.onnx_export(model, str(tmp_path / "model.onnx"), batch_size=2)
+    pooled, applied = timm.layers.apply_test_time_pool(model, dict(input_size=(3, 64, 64)))
+    assert applied
+    assert pooled(torch.randn(2, 3, 64, 64)).shape == expected.shape
+    close(pooled(x), expected)
 
 
 @each_case
