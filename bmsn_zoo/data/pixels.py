@@ -184,15 +184,12 @@ class RowReader(Dataset):
             if not self.source.cache_files and outside.false_count:
                 return None
             paths += chunk.filter(outside).field("path").drop_null().to_pylist()
-        return [(path, *_size_and_time(path)) for path in paths]
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:  # reading it will say so
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        found = []
+        for path in paths:
+            with contextlib.suppress(OSError):  # reading it will say so
+                status = os.stat(path)
+                found.append((path, status.st_size, status.st_mtime_ns))
+        return found
 
 
 def _stack(rows: list[np.ndarray | str]) -> Tensor | str:
