@@ -123,7 +123,8 @@ def _render(template: str, result: SearchResult | TrainResult, **values: Any) ->
 def _chosen(result: TrainResult, search: SearchResult | None) -> str:
     """How a layout came to be trained: by a choice of its search, as the usual one, or by hand."""
     pick = str(result.settings.get("pick"))
-    if search and pick in ("best", "best_within_default_macs") and search.pick(pick).layout == result.layout:
+    named = search is not None and not search.undecided and pick in ("best", "best_within_default_macs")
+    if search and named and search.pick(pick).layout == result.layout:
         return "best" if search.best.layout == result.layout else pick
     return "usual" if result.layout == str(BACKBONES[result.model].default_layout) else "hand"
 

@@ -233,7 +233,8 @@ def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[st
     files["README.md"] = search_card(result, repo_id).encode()
     files["config.yaml"] = yaml.safe_dump(result.settings, sort_keys=False).encode()
     files["search.json"] = (json.dumps(result.model_dump(), indent=1) + "\n").encode()
-    return f"search of {result.model}, first choice {result.best.layout}", SEARCH_FILES, files
+    choice = "no winner" if result.undecided else f"first choice {result.best.layout}"
+    return f"search of {result.model}, {choice}", SEARCH_FILES, files
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool, revision: str | None) -> Any:

@@ -316,6 +316,20 @@ def test_a_layout_taken_by_hand_was_not_found(runs, tmp_path):
     assert ", the first that costs no more than the default" in text or within == search.best.layout
 
 
+def test_a_search_without_a_winner_names_none(runs, tmp_path):
+    search = SearchResult.read(runs.search / "search.json").model_copy(update={"undecided": "all are alike"})
+    text = search_card(portable(search), "me/search")
+    assert "No winner: all are alike.\n" in text
+    assert "# trains 4-3-3 from scratch" in text
+    assert "First choice" not in text
+    folder = shutil.copytree(runs.zoo / FOUND, tmp_path / "model")
+    search.write(folder / "search.json")
+    write_card(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "The search named no winner: all are alike." in text
+    assert "\n\nRanked" not in text
+
+
 def test_the_spread_that_a_card_names_is_that_of_its_test_set():
     assert standard_error(0.9, 10_000) == pytest.approx(0.003, rel=1e-3)
     assert standard_error(0.9, 100) == pytest.approx(0.03, rel=0.06)
