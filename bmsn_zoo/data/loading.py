@@ -25,7 +25,11 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
-_METADATA = {".csv": pd.read_csv, ".jsonl": lambda file: pd.read_json(file, lines=True), ".parquet": pd.read_parquet}
+_METADATA = {
+    ".csv": pd.read_csv,
+    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
+    ".parquet": pd.read_parquet,
+}
 
 
 def default_test_split(splits: Any) -> str | None:

@@ -104,8 +104,6 @@ class DataSource:
         table, split, rows = self.held_out
         for column, kind in ((self.image_column, "image"), (self.label_column, "label")):
             _find_column(table.features, column, kind, f"{self.config.dataset!r}, split {split!r},")
-        if len(table) == 0:
-            raise InputError(f"dataset {self.config.dataset!r} has no images in its split {split!r}")
         data = self._load(self.held_out)
         if check and data.images.pixels is None:
             for _ in data.images.batches(np.array_split(np.arange(len(rows)), -(-len(rows) // 64))):
@@ -157,7 +155,8 @@ class DataSource:
 
     def _labels(self, part: Part) -> np.ndarray:
         """Class index of every row, int64; classes are matched by name, whatever their order in this split."""
-        names = _class_names(part.table, self.label_column)
+        feature = part.table.features[self.label_column]
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         where = f"split {part.split!r} of dataset {self.config.dataset!r}"
         codes = part.table.data.column(self.label_column).combine_chunks().dictionary_encode()
         values = codes.dictionary.to_pylist()
@@ -238,15 +237,9 @@ def _is_label(feature: Any) -> bool:
     )
 
 
-def _class_names(table: datasets.Dataset, column: str) -> list[str] | None:
-    feature = table.features[column]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
 def _label_names(table: datasets.Dataset, column: str) -> list[str]:
-    names = _class_names(table, column)
-    if names is not None:
-        return names
+    if isinstance(table.features[column], datasets.ClassLabel):
+        return list(table.features[column].names)
     return [str(value) for value in sorted(value for value in table.unique(column) if value is not None)]
 
 
