@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic_core import from_json
 
-from .errors import InputError, first_line
-
-_MOST_BYTES, _MOST_YAML = 256 << 20, 64 << 10  # no file of ours comes near
-_MOST_LEVELS = 16
+from .errors import InputError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -49,23 +47,28 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_bytes(path: Path, shown: str = "", most: int = _MOST_BYTES) -> bytes:
-    """What a file holds.
+@contextmanager
+def one_line(shown: object, problem: str) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise becomes one `InputError`: there is no end to what it may be."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # KeyError for "!!bool x" in YAML, say
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{shown} {problem}: {reason}") from None
 
-    Args:
-        path: the file.
-        shown: what messages call it; its path if empty.
-        most: bytes that it may have.
+
+def read_bytes(path: Path, shown: str = "", most: int = 256 << 20) -> bytes:
+    """What a file holds; messages call it `shown`, or by its path.
 
     Raises:
-        InputError: if it is missing, cannot be read, or is larger than anything of ours.
+        InputError: if it is missing, cannot be read, or is larger than `most` bytes, which no file of ours is.
     """
-    try:
+    with one_line(shown or path, "cannot be read"):
         if path.stat().st_size > most:
             raise InputError(f"{shown or path} is larger than {most >> 10} KiB: it is no file of ours")
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{shown or path} cannot be read: {first_line(error)}") from None
 
 
 def read_text(path: Path) -> str:
@@ -74,16 +77,8 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: if the file cannot be read, or is not UTF-8.
     """
-    try:
+    with one_line(path, "is not UTF-8 text"):
         return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {first_line(error)}") from None
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -92,32 +87,26 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: if the file is missing, damaged, too deep, or holds what JSON has no word for (NaN).
     """
-    try:
+    with one_line(path, "cannot be read"):
         return from_json(read_bytes(path), allow_inf_nan=False)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def read_yaml(path: Path, shown: str) -> Any:
-    """Read YAML, without the features that let a small file take long: deep nesting, and aliases of aliases.
-
-    Args:
-        path: the file.
-        shown: what messages call it.
+    """Read YAML, which messages call `shown`, without what lets a small file take long: deep nesting, and aliases.
 
     Raises:
         InputError: if the file is missing, or no such YAML.
     """
-    content, level = read_bytes(path, shown, _MOST_YAML), 0
-    try:
-        text = content.decode()
-        for event in yaml.parse(text, yaml.SafeLoader):
+    text, level = read_bytes(path, shown, 64 << 10), 0
+    with one_line(shown, "is not valid YAML"):
+        for event in yaml.parse(text.decode(), yaml.SafeLoader):
             level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if level > _MOST_LEVELS or isinstance(event, yaml.AliasEvent):
+            if level > 16 or isinstance(event, yaml.AliasEvent):
                 raise ValueError("it nests deeply, or has aliases")
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets others through too, such as KeyError for "!!bool x"
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{shown} is not valid YAML: {reason or type(error).__name__}") from None
+        return yaml.safe_load(text.decode())
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

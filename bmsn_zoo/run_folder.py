@@ -1,6 +1,5 @@
 """The run folder: settings, metrics, checkpoints and results of one run, each written whole or not at all."""
 
-import hashlib
 import json
 import logging
 import os
@@ -10,22 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .command import follow
 from .config import ConfigT, DataConfig, build_config
-from .errors import InputError, first_line
-from .files import read_json, read_yaml, sha256, write_bytes, write_json, write_text
-from .results import Count, Record, Segment, Settings
+from .errors import InputError, brief, first_line
+from .files import one_line, read_json, read_yaml, sha256, write_bytes, write_json, write_text
+from .results import Record, Segment, Settings
 
 _log = logging.getLogger(__name__)
 RUNS = Path("runs")
@@ -44,22 +44,8 @@ class RunState(Record):
     kind: Literal["search", "train"]
     settings: Settings
     identity: dict[str, Any]
-    segments: list[Segment]
+    segments: Annotated[list[Segment], Field(min_length=1)]
     finished: bool = False
-
-
-class Checkpoint(Record):
-    """Record of a whole checkpoint.
-
-    Attributes:
-        files: SHA-256 of every other file in its folder.
-        metrics: SHA-256 of the first `metrics_bytes` of metrics.jsonl.
-    """
-
-    epoch: Count
-    files: dict[str, str]
-    metrics: str
-    metrics_bytes: Count
 
 
 def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: Path | None, resume: bool) -> ConfigT:
@@ -74,35 +60,26 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
         return build_config(config_class, given)
     if output is None:
         raise InputError("resume needs the folder of the run to continue: give --output")
+    kind = _kind(config_class)
     try:
         state = RunState.read(output / "run.json", "its run.json")
         saved = read_yaml(output / "config.yaml", "its config.yaml")
-        if state.kind != _kind(config_class) or not isinstance(saved, dict):
-            raise InputError(f"it is a {state.kind}, or its config.yaml is no mapping of settings")
-        if set(saved) != set(config_class.model_fields):
-            raise InputError("its config.yaml is of another version")
+        if state.kind != kind or not isinstance(saved, dict) or set(saved) != set(config_class.model_fields):
+            raise InputError("its config.yaml is of another kind or version")
         config = build_config(config_class, saved)
     except InputError as error:
-        raise InputError(f"output {output} holds no {_kind(config_class)} to resume: {error}") from None
-    edited = _changed(state.settings, config.settings())
-    if edited:
+        raise InputError(f"output {output} holds no {kind} to resume: {error}") from None
+    if edited := _changed(state.settings, config.settings()):
         raise InputError(f"output {output}: config.yaml was edited since the run began, {edited}: put that back")
     asked = build_config(config_class, {**saved, **given})
-    changed = _changed(config.settings(), asked.settings())
-    if changed:
+    if changed := _changed(config.settings(), asked.settings()):
         raise InputError(f"output {output} was run with {changed}: resume it with the same settings")
     return asked
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = dict.fromkeys([*before, *now])
-    pairs = [(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} {_shown(old)} (now {_shown(new)})" for name, old, new in pairs)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {brief(before.get(name))} (now {brief(now.get(name))})" for name in names)
 
 
 def _kind(config_class: type) -> str:
@@ -122,8 +99,7 @@ def _check_free(output: Path) -> None:
 
 def last_precision(output: Path) -> str | None:
     """Precision of the last segment of a run to resume, as `mixed_precision` calls it."""
-    segments = RunState.read(output / "run.json").segments
-    precision = segments[-1].precision if segments else None
+    precision = RunState.read(output / "run.json").segments[-1].precision
     return "no" if precision == "fp32" else precision
 
 
@@ -235,36 +211,19 @@ class RunFolder:
         if self.state.finished:
             self.drop_checkpoints()
             raise InputError(f"output {self.path} holds a finished run: nothing is left to resume")
-        damaged = ""
-        for folder in reversed(self.checkpoints()):
-            damaged = self._damage(folder)
-            if not damaged:
-                self.epoch = int(folder.name.split("-")[1])
-                return
-            _log.warning("%s: %s: it is not used", folder, damaged)
-        if damaged:
-            raise InputError(f"output {self.path} has no checkpoint that is whole: {damaged}: start in another folder")
+        whole = self.checkpoints()
+        for folder in reversed(whole):
+            try:
+                if read_json(folder / "complete.json") == _checksums(folder):
+                    self.epoch = int(folder.name[11:])
+                    return
+                _log.warning("%s is damaged: it is not used", folder)
+            except (InputError, OSError) as error:
+                _log.warning("%s is damaged: it is not used: %s", folder, first_line(error))
+        if whole:
+            raise InputError(f"output {self.path} has no checkpoint that is not damaged: start in another folder")
 
-    def _damage(self, folder: Path) -> str:
-        """What differs from what a checkpoint's record says; empty if nothing does."""
-        try:
-            record = Checkpoint.read(folder / "complete.json", "complete.json")
-            if folder.name != f"checkpoint-{record.epoch}":
-                return "complete.json is of another checkpoint"
-            found = {file.name: sha256(file) for file in folder.iterdir() if file.name != "complete.json"}
-            wrong = sorted(name for name in {*found, *record.files} if found.get(name) != record.files.get(name))
-            if wrong:
-                return f"{wrong[0]} is damaged or missing"
-            return "" if self._metrics(record.metrics_bytes)[1] == record.metrics else "metrics.jsonl was changed"
-        except (InputError, OSError) as error:
-            return first_line(error)
-
-    def _metrics(self, size: int | None = None) -> tuple[bytes, str]:
-        path = self.path / "metrics.jsonl"
-        content = path.read_bytes()[:size] if path.exists() else b""
-        return content, hashlib.sha256(content).hexdigest()
-
-    def begin(self, config: DataConfig, segment: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    def begin(self, config: DataConfig, segment: dict[str, Any], identity: dict[str, Any]) -> None:
         """Write the config and the record of a new segment of the run, and drop what it will compute again.
 
         To be called by every process, when nothing else can be refused.
@@ -274,52 +233,35 @@ class RunFolder:
             segment: what it computes on, see `Segment`.
             identity: what tells its data from others; JSON.
 
-        Returns:
-            what differs from the segment before, one sentence each.
-
         Raises:
             InputError: if the run began with other settings or other data.
         """
-        identity = json.loads(json.dumps(identity))
-        segments = self.state.segments if self.state else []
+        identity, segments = json.loads(json.dumps(identity)), self.segments
         if self.state:
             changed = _changed(self.state.settings, config.settings()) or _changed(self.state.identity, identity)
             if changed:
                 raise InputError(f"output {self.path} began with other settings or data, {changed}: start a new run")
         if not self.main:
-            return []
-        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        new = Segment(**segment, epoch=self.epoch, started=started, seconds=0.0)
-        keys = ("processes", "threads", "precision", "device", "hardware", "tf32", "compiled", "versions")
-        pairs = [(key, getattr(new, key), getattr(segments[-1], key)) for key in keys if segments]
-        notes = [
-            f"resumed with {key} {now}, before {before}: the run continues, but not bit for bit"
-            for key, now, before in pairs
-            if now != before
-        ]
+            return
+        new = Segment(**segment, epoch=self.epoch, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)
+        for key in ("processes", "threads", "precision", "device", "hardware", "tf32", "compiled", "versions"):
+            if segments and (now := getattr(new, key)) != (before := getattr(segments[-1], key)):
+                note = "resumed with %s %s, before %s: the run continues, but not bit for bit"
+                _log.warning(note, key, now, before)
         self._started = time.monotonic()
         write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        kept = self._metrics(self._record().metrics_bytes if self.epoch else 0)[0]
-        write_bytes(self.path / "metrics.jsonl", kept)
-        self._update(
-            RunState(
-                kind=_kind(type(config)),  # type: ignore[arg-type]
-                settings=config.settings(),
-                identity=identity,
-                segments=[*segments, new],
-            )
-        )
+        metrics = self.path / "metrics.jsonl"
+        kept = (self.checkpoint(self.epoch) / metrics.name).read_bytes() if self.epoch else b""
+        if kept and not (metrics.exists() and metrics.read_bytes().startswith(kept)):
+            _log.warning("%s was changed since epoch %d: it is put back as it was", metrics, self.epoch)
+        write_bytes(metrics, kept)
+        kind: Any = _kind(type(config))
+        self._update(RunState(kind=kind, settings=config.settings(), identity=identity, segments=[*segments, new]))
         follow(self)
-        for note in notes:
-            _log.warning(note)
-        return notes
 
     def _update(self, state: RunState) -> None:
         self.state = state
         state.write(self.path / "run.json")
-
-    def _record(self) -> Checkpoint:
-        return Checkpoint.read(self.checkpoint(self.epoch) / "complete.json")
 
     @property
     def segments(self) -> list[Segment]:
@@ -340,15 +282,11 @@ class RunFolder:
         self._update(self.state.model_copy(update={"finished": True}))
         self.drop_checkpoints()
 
-    @property
-    def seconds(self) -> float:
-        """Duration of all segments, as far as they were recorded."""
-        return round(sum(segment.seconds for segment in self.segments), 1)
-
     def summary(self) -> dict[str, Any]:
         """What every result file says of its run: duration, hardware, versions, and all segments."""
         last = {key: getattr(self.segments[-1], key) for key in ("versions", "commit", "precision", "hardware")}
-        return {"duration_seconds": self.seconds, **last, "segments": self.segments}
+        seconds = round(sum(segment.seconds for segment in self.segments), 1)
+        return {"duration_seconds": seconds, **last, "segments": self.segments}
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -378,14 +316,8 @@ class RunFolder:
         folder = self.checkpoint(epoch)
         if accelerator.scaler is not None:
             write_json(folder / "scaler.json", accelerator.scaler.state_dict())
-        content, checksum = self._metrics()
-        record = Checkpoint(
-            epoch=epoch,
-            files={file.name: sha256(file) for file in sorted(folder.iterdir())},
-            metrics=checksum,
-            metrics_bytes=len(content),
-        )
-        record.write(folder / "complete.json")
+        write_bytes(folder / "metrics.jsonl", (self.path / "metrics.jsonl").read_bytes())
+        write_json(folder / "complete.json", _checksums(folder))
         for older in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(older)
 
@@ -401,27 +333,25 @@ class RunFolder:
             shutil.rmtree(folder)
 
 
+def _checksums(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != "complete.json"}
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors whole, as safetensors."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def load_tensors(path: Path, shown: str = "") -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Args:
-        path: the file.
-        shown: what messages call it; its path if empty.
+    """Read a safetensors file, which messages call `shown` or by its path.
 
     Raises:
         InputError: if it is none, or a number in it is not finite.
     """
-    try:
+    with one_line(shown or path, "is damaged"):
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{shown or path} is damaged: {first_line(error)}") from None
-    check_weights(tensors, {}, shown or str(path))
-    return tensors
+        check_weights(tensors, {}, shown or str(path))
+        return tensors
 
 
 def check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
@@ -444,17 +374,14 @@ def save_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
     written by the process that owns it, and read by however many processes there are.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    numbers: dict[str, Any] = {"state": {}, "groups": []}
-    if optimizer is not None:
-        content = optimizer.state_dict()
-        for index, values in content["state"].items():
-            tensors.update({f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)})
-            numbers["state"][index] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
-        # some of timm's optimizers count their steps in the groups
-        for index, group in enumerate(content["param_groups"]):
-            tensors.update({f"group.{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)})
-            plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
-            numbers["groups"].append(plain)
+    numbers: dict[str, dict[str, Any]] = {}
+    content = optimizer.state_dict() if optimizer is not None else {"state": {}, "param_groups": []}
+    parts = {f"state.{index}": values for index, values in content["state"].items()}
+    parts |= {f"group.{index}": values for index, values in enumerate(content["param_groups"])}
+    for part, values in parts.items():
+        tensors |= {f"{part}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+        plain = {name: v for name, v in values.items() if name != "params" and not isinstance(v, Tensor)}
+        numbers[part] = plain  # some of timm's optimizers count their steps in the groups, others in tensors
     save_tensors(path, tensors, {"optimizer": json.dumps(numbers)})
 
 
@@ -464,41 +391,28 @@ def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
     Raises:
         InputError: if the file is damaged, or the state is another network's, of another type, or not finite.
     """
-    try:
-        _load_training_state(path, model, optimizer)
-    except InputError:
-        raise
-    except Exception as error:  # a file whose parts do not fit together can break whatever reads it
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
-
-
-def _load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     weights: dict[str, Tensor] = {}
-    state: dict[int, dict[str, Any]] = {}
-    with safe_open(str(path), "pt") as file:
-        numbers = json.loads(file.metadata()["optimizer"])
-        for key in file.keys():
-            part, _, name = key.partition(".")
-            if part == "model":
-                weights[name] = file.get_tensor(key)
-                continue
-            index, _, name = name.partition(".")
-            home = numbers["groups"][int(index)] if part == "group" else state.setdefault(int(index), {})
-            home[name] = file.get_tensor(key)
-    check_weights(weights, model.state_dict(), str(path))
-    model.load_state_dict(weights)
-    if optimizer is not None:
+    with one_line(path, "is damaged"):
+        with safe_open(str(path), "pt") as file:
+            parts: dict[str, dict[str, Any]] = json.loads(file.metadata()["optimizer"])
+            for key in file.keys():
+                part, _, name = key.rpartition(".")
+                if key.startswith("model."):
+                    weights[key[6:]] = file.get_tensor(key)
+                else:
+                    parts[part][name] = file.get_tensor(key)
+        check_weights(weights, model.state_dict(), str(path))
+        model.load_state_dict(weights)
+        if optimizer is None:
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, values in numbers["state"].items():
-            state.setdefault(int(index), {}).update(values)
+        state = {int(part[6:]): values for part, values in parts.items() if part.startswith("state.")}
         for index, values in state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
-        groups = [
-            {**saved, "params": group["params"]}
-            for saved, group in zip(numbers["groups"], optimizer.state_dict()["param_groups"], strict=True)
-        ]
+        own = optimizer.state_dict()["param_groups"]
+        groups = [{**parts[f"group.{index}"], "params": group["params"]} for index, group in enumerate(own)]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -120,7 +120,7 @@ def stopped(image_folder, tmp_path_factory):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "_evaluate_all", end)
+        patch.setattr(search_module._Search, "_evaluate_all", end)
         with pytest.raises(KeyboardInterrupt):
             search_module.main([*settings, "--output", str(output)])
     return output

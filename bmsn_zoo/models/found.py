@@ -1,6 +1,5 @@
 """Found models: every folder of hub_configs/ is a timm model of its name, a backbone with a layout and weights."""
 
-import json
 import os
 import warnings
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..config import shipped_folder
 from ..errors import InputError
+from ..files import read_json
 from ..layout import Layout
 from ..search_space import BACKBONES
 from .pooling_resnet import tuples
@@ -36,7 +36,7 @@ def register_folder(folder: Path) -> None:
     """
     name, weights = folder.name, folder / "model.safetensors"
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         backbone, defaults = config["architecture"], dict(config["model_args"])
         fixed = Layout.parse(defaults.pop("layout")).check(BACKBONES[backbone].num_units)
         cfg = {
