@@ -31,13 +31,13 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         for index, layout in enumerate(space)
     ]
     ranking = sorted(entries, key=Entry.order)
-    default = entries[space.index(space.default_layout)]
+    default = entries[space.index(space.default_layout)] if space.default_layout in space else None
     return Ranking(
         model=space.name,
         mixture_size=accuracy.shape[1],
         default=default,
         best=ranking[0],
-        best_within_default_macs=next(entry for entry in ranking if entry.macs <= default.macs),
+        best_within_default_macs=next((entry for entry in ranking if default and entry.macs <= default.macs), None),
         pareto_front=pareto_front(entries),
         ranking=ranking,
         layouts=[str(layout) for layout in space],

@@ -125,7 +125,8 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     front, default = result.pareto_front, result.default
     axes.scatter(*points(result.ranking), s=18, color=_QUIET, label="layouts", zorder=2)
     axes.plot(*points(front), color=_HIGHLIGHT, marker="o", markersize=4, label="Pareto front", zorder=3)
-    axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
+    if default:
+        axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
     for entry in front:
         at = (entry.macs / 1e6, 100 * entry.accuracy)
         axes.annotate(entry.layout, at, xytext=(4, 5), textcoords="offset points", fontsize=7)
@@ -177,7 +178,8 @@ def print_search(folder: Path, command: str = "accelerate launch -m bmsn_zoo.") 
     result = SearchResult.read(folder / "search.json")
     retrain = "retrain the winner:   "
     if result.undecided:
-        retrain = f"no winner: {result.undecided}: keep the default {result.default.layout}\ntrain the default:    "
+        default = result.default.layout if result.default else "layout"
+        retrain = f"no winner: {result.undecided}: keep the default {default}\ntrain the default:    "
     script = ".py" if not command.rstrip().endswith(".") else ""
     sys.stdout.write(
         f"{len(result.layouts)} layouts, ranked by score-split accuracy (n = 1 search):\n"

@@ -197,15 +197,15 @@ class Ranking(Record):
     Attributes:
         ranking: best first; of two equals the cheaper one.
         pareto_front: those that none beats in both accuracy and multiply-accumulates, cheapest first.
-        layouts: the search space in its order, that of the matrices' rows.
+        layouts: the search space in its order, that of the matrices' rows; the default need not be among them.
         accuracy_matrix: on the score split, fractions, (L, M).
     """
 
     model: str
     mixture_size: Annotated[int, Field(ge=1, le=1024)]
-    default: Entry
+    default: Entry | None
     best: Entry
-    best_within_default_macs: Entry
+    best_within_default_macs: Entry | None
     pareto_front: Annotated[list[Entry], FailFast()]
     ranking: Annotated[list[Entry], FailFast()]
     layouts: Annotated[list[LayoutText], FailFast()]
@@ -213,7 +213,7 @@ class Ranking(Record):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        space = [str(layout) for layout in SearchSpace(self.model, self.default.layout)]
+        space = [str(layout) for layout in SearchSpace(self.model).subset(self.layouts)]
         if self.layouts != space or sorted(entry.layout for entry in self.ranking) != sorted(space):
             raise ValueError(f"it does not rank the {len(space)} layouts of its search space")
         for name in {"accuracy_matrix", "assignment_matrix", "scores"} & set(type(self).model_fields):
@@ -225,7 +225,8 @@ class Ranking(Record):
             row = rows[entry.layout]
             if not (entry.supernet < len(row) and entry.accuracy == row[entry.supernet] == max(row)):
                 raise ValueError(f"it ranks {entry.layout} by another accuracy than it holds")
-        within = [entry for entry in self.ranking if entry.macs <= self.default.macs]
+        most = self.default.macs if self.default else -1
+        within: list[Entry | None] = [entry for entry in self.ranking if entry.macs <= most] or [None]
         if self.ranking != sorted(self.ranking, key=Entry.order) or self.default not in within:
             raise ValueError("its ranking is out of order")
         if [self.best, self.best_within_default_macs] != [self.ranking[0], within[0]]:
@@ -241,7 +242,11 @@ class Ranking(Record):
             InputError: if the layout is none of those ranked.
         """
         if choice in CHOICES:
-            return getattr(self, choice)
+            if (entry := getattr(self, choice)) is None:
+                raise InputError(
+                    f"pick {choice}: the default is none of the {len(self.ranking)} layouts of this search"
+                )
+            return entry
         layout = str(Layout.parse(choice))
         for entry in self.ranking:
             if entry.layout == layout:

@@ -313,12 +313,12 @@ def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
         result: of the search, as `hub.load_search` gives it.
         pick: "best", "best_within_default_macs", "default", or a layout that the search ranked.
     """
-    if result.undecided and pick.startswith("best"):
-        pick = "default"
-        if rank() == 0:
-            _log.warning("training the default layout %s: %s", result.default.layout, result.undecided)
+    undecided = result.undecided and pick.startswith("best")
+    entry = result.pick("default" if undecided else pick)
+    if undecided and rank() == 0:
+        _log.warning("training the default layout %s: %s", entry.layout, result.undecided)
     inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
-    return {**inherited, "image_size": result.dataset.image_size, "layout": result.pick(pick).layout}
+    return {**inherited, "image_size": result.dataset.image_size, "layout": entry.layout}
 
 
 def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from bmsn_zoo import SearchSpace
+from bmsn_zoo import InputError, SearchSpace
 from bmsn_zoo.ranking import build_result, pareto_front, why_undecided
 from bmsn_zoo.results import Entry, Ranking
 
@@ -39,6 +39,23 @@ def test_best_within_the_cost_of_the_default(seed):
     assert 0 < len(affordable) < 36
     assert result.best_within_default_macs.accuracy == max(entry.accuracy for entry in affordable)
     assert result.best_within_default_macs in affordable
+
+
+@pytest.mark.parametrize("layouts", [["1-1-8", "4-3-3", "5-3-2"], ["1-1-8", "5-3-2", "8-2"]])
+def test_part_of_a_search_space_with_its_default_or_without(layouts):
+    result = result_of(torch.tensor([[0.5], [0.3], [0.6]], dtype=torch.float64), SPACE.subset(layouts))
+    assert result.layouts == sorted(layouts)
+    assert result == type(result).model_validate_json(result.model_dump_json())
+    assert (result.default is not None) == ("4-3-3" in layouts)
+    for choice in ("default", "best_within_default_macs"):
+        if result.default:
+            assert result.pick(choice).layout in ("4-3-3", "1-1-8")
+        else:
+            with pytest.raises(InputError, match=f"pick {choice}: the default is none of the 3 layouts"):
+                result.pick(choice)
+    damaged = {**result.model_dump(), "layouts": layouts[:2]}
+    with pytest.raises(ValueError, match="does not rank the 2 layouts"):
+        type(result).model_validate(damaged)
 
 
 def test_cheaper_layout_wins_a_tie():
