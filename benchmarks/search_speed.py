@@ -110,21 +110,23 @@ def loading(config: SearchConfig, repeats: int) -> dict[str, object]:
     }
 
 
-def search_process(config: SearchConfig, launcher: list[str], *extra: str) -> tuple[list[dict[str, Any]], int]:
-    """One real search as processes of their own: the metrics of its epochs, and the first process's peak MiB."""
+def search_process(
+    config: SearchConfig, launcher: list[str], *extra: str, root: Path = ROOT
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One real search as processes of their own, by some checkout: the metrics of its epochs, and its search.json."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         arguments = ["--dataset", config.dataset, "--mixed-precision", config.mixed_precision, "--output", str(output)]
         arguments += ["--label-column", config.label_column] if config.label_column else []
         subprocess.run(
-            [*launcher, str(ROOT / "search.py"), *arguments, *extra],
+            [*launcher, str(root / "search.py"), *arguments, *extra],
             check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+            env={**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return rows, json.loads((output / "search.json").read_text())["peak_memory_mib"]
+        return rows, json.loads((output / "search.json").read_text())
 
 
 def mixture_parallel(config: SearchConfig, repeats: int) -> dict[str, float]:
@@ -153,8 +155,29 @@ def steadiness(config: SearchConfig) -> dict[str, list[float]]:
 
 def memory(config: SearchConfig) -> dict[str, int]:
     """Peak memory of a search with eight supernets on all images, evaluation included."""
-    _, peak = search_process(config, [sys.executable], "--epochs", "1", "--mixture-size", "8")
-    return {"peak_memory_mib": peak}
+    _, result = search_process(config, [sys.executable], "--epochs", "1", "--mixture-size", "8")
+    return {"peak_memory_mib": result["peak_memory_mib"]}
+
+
+def against(config: SearchConfig, repeats: int, other: Path) -> dict[str, dict[str, float]]:
+    """Another checkout's real searches and ours, in turn: seconds of a step, and of evaluating and saving."""
+
+    def measure(root: Path) -> dict[str, float]:
+        settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2"]
+        rows, result = search_process(config, [sys.executable], *settings, root=root)
+        steps = [row["seconds"] / sum(row["draws"]) for row in rows[1:]]
+        rest = result["duration_seconds"] - sum(row["seconds"] for row in rows)
+        return {"search_step": statistics.median(steps), "evaluation": rest}
+
+    pairs = [(measure(other), measure(ROOT)) for _ in range(repeats)]
+    return {
+        part: {
+            **spread("ratio", [theirs[part] / ours[part] for theirs, ours in pairs]),
+            "their_seconds": round(statistics.median(theirs[part] for theirs, _ in pairs), 4),
+            "our_seconds": round(statistics.median(ours[part] for _, ours in pairs), 4),
+        }
+        for part in ("search_step", "evaluation")
+    }
 
 
 def main() -> None:
@@ -166,6 +189,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mixed-precision", default="auto", help="that of our way; see search.py")
     parser.add_argument("--only", nargs="*", help="parts to measure, by their name in the results; all if not given")
+    parser.add_argument("--against", type=Path, help="another checkout, whose searches are timed in turn with ours")
     parser.add_argument("--output", type=Path, help="results as JSON; parts that it holds already are kept")
     options = parser.parse_args()
     config = SearchConfig(
@@ -222,6 +246,8 @@ def main() -> None:
         "steadiness": lambda: steadiness(config),
         "memory_of_eight_supernets": lambda: memory(config),
     }
+    if options.against:
+        parts["against"] = lambda: against(config, repeats, options.against)
     kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
     variables = {name: value for name, value in os.environ.items() if name.startswith(("ONEDNN_", "ATEN_", "OMP_"))}
     environment = {"command": sys.argv, "variables": variables, **runtime.describe(accelerator)}

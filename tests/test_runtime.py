@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -330,3 +331,20 @@ def test_errors_of_a_gpu_are_known_and_others_are_not():
     assert "--batch-size" in command.outside_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert command.outside_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert command.outside_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc's malloc")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    code = """if True:
+        import resource, torch
+        from bmsn_zoo import runtime
+        from bmsn_zoo.config import SearchConfig
+        runtime.start(SearchConfig())
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            maps = [torch.ones(1 << 21) for _ in range(20)]  # of 8 MiB
+            del maps
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2000  # else 40,960 pages
