@@ -340,7 +340,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
         from bmsn_zoo import runtime
         from bmsn_zoo.config import SearchConfig
         runtime.start(SearchConfig())
-        for _ in range(3):
+        for _ in range(5):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             maps = [torch.ones(1 << 21) for _ in range(20)]  # of 8 MiB
             del maps
