@@ -72,8 +72,6 @@ def outside_fault(error: Exception) -> str | None:
         return f"out of memory ({first_line(error)}): {what}"
     if isinstance(error, RuntimeError) and re.search("gloo/transport|NCCL", text):
         return "the connection to another process was lost: that one says why"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return f"a process that reads images ended ({first_line(error)}): if memory is short, use fewer --workers"
     return None
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import datasets
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ..errors import InputError, first_line
 
@@ -201,6 +203,8 @@ class RowLoader:
     """Decodes batches of rows in worker processes, which stay until this object goes."""
 
     def __init__(self, reader: RowReader, workers: int) -> None:
+        # torch's handler would raise wherever the main thread is when a worker ends, not where it waits for images
+        signal_handling._SIGCHLD_handler_set = True
         self.order: list[np.ndarray] = []
         self.loader = DataLoader(
             reader,
@@ -214,13 +218,19 @@ class RowLoader:
         """Pixels of each batch of positions, in turn.
 
         Raises:
-            InputError: for the first image that cannot be read.
+            InputError: for the first image that cannot be read, or if a worker was killed.
         """
         self.order[:] = batches
-        for images in self.loader:
-            if isinstance(images, str):
-                raise InputError(f"data set: {images}: remove or repair it")
-            yield images
+        try:
+            for images in self.loader:
+                if isinstance(images, str):
+                    raise InputError(f"data set: {images}: remove or repair it")
+                yield images
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            reason = first_line(error) or type(error).__name__
+            raise InputError(
+                f"a process that reads images ended ({reason}): if memory is short, use fewer --workers"
+            ) from None
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
