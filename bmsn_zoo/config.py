@@ -18,19 +18,12 @@ ConfigT = TypeVar("ConfigT", bound="DataConfig")
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def setting(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    choices: Sequence[Any] | None = None,
-    environment: bool = False,
-) -> Any:
-    """A setting with its help text, range and choices.
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
+    """A setting with its help text and range, perhaps `choices`.
 
     `environment` marks what may differ when a run is resumed, because it does not say what is computed.
     """
-    about: Any = dict(low=low, high=high, choices=choices, environment=environment)
+    about: Any = {"low": low, "high": high, "choices": None, "environment": False, **more}
     return Field(default=default, description=help, json_schema_extra=about)
 
 

@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from .results import Entry, Ranking, pareto_front
+from .results import Entry, Ranking, rank
 from .search_space import SearchSpace
 
 
@@ -30,16 +30,10 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         )
         for index, layout in enumerate(space)
     ]
-    ranking = sorted(entries, key=Entry.order)
-    default = entries[space.index(space.default_layout)] if space.default_layout in space else None
     return Ranking(
         model=space.name,
         mixture_size=accuracy.shape[1],
-        default=default,
-        best=ranking[0],
-        best_within_default_macs=next((entry for entry in ranking if default and entry.macs <= default.macs), None),
-        pareto_front=pareto_front(entries),
-        ranking=ranking,
+        **rank(entries, str(space.default_layout)),
         layouts=[str(layout) for layout in space],
         accuracy_matrix=accuracy.tolist(),
     )

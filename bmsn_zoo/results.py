@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
@@ -48,11 +48,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path, shown: str = "") -> Self:
-        """Read and check a file.
-
-        Args:
-            path: the file.
-            shown: what messages call it; its path if empty.
+        """Read and check a file, which messages call `shown` or by its path.
 
         Raises:
             InputError: if it cannot be read, or is malformed in whatever way.
@@ -91,10 +87,6 @@ class Entry(Record):
     accuracy: Fraction
     macs: Count
     supernet: Count
-
-    def order(self) -> tuple[float, int, str]:
-        """To sort by: the most accurate first, of two equals the cheaper one."""
-        return (-self.accuracy, self.macs, self.layout)
 
 
 class Segment(Record):
@@ -191,6 +183,15 @@ def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
     return front
 
 
+def rank(entries: Iterable[Entry], default: str | None) -> dict[str, Any]:
+    """The entries of a search as `Ranking` holds them, those that have a name among it."""
+    ranking = sorted(entries, key=lambda entry: (-entry.accuracy, entry.macs, entry.layout))
+    usual = next((entry for entry in ranking if entry.layout == default), None)
+    within = next((entry for entry in ranking if usual and entry.macs <= usual.macs), None)
+    named = {"default": usual, "best": ranking[0], "best_within_default_macs": within}
+    return {**named, "pareto_front": pareto_front(ranking), "ranking": ranking}
+
+
 class Ranking(Record):
     """All layouts of a search space, ranked.
 
@@ -225,14 +226,9 @@ class Ranking(Record):
             row = rows[entry.layout]
             if not (entry.supernet < len(row) and entry.accuracy == row[entry.supernet] == max(row)):
                 raise ValueError(f"it ranks {entry.layout} by another accuracy than it holds")
-        most = self.default.macs if self.default else -1
-        within: list[Entry | None] = [entry for entry in self.ranking if entry.macs <= most] or [None]
-        if self.ranking != sorted(self.ranking, key=Entry.order) or self.default not in within:
-            raise ValueError("its ranking is out of order")
-        if [self.best, self.best_within_default_macs] != [self.ranking[0], within[0]]:
-            raise ValueError("it names others as the best than it ranks first")
-        if self.pareto_front != pareto_front(self.ranking):
-            raise ValueError("its Pareto front is not that of its ranking")
+        for name, value in rank(self.ranking, self.default.layout if self.default else None).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"its {name} is not what its accuracies say")
         return self
 
     def pick(self, choice: str) -> Entry:

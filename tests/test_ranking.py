@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bmsn_zoo import InputError, SearchSpace
-from bmsn_zoo.ranking import build_result, pareto_front, why_undecided
-from bmsn_zoo.results import Entry, Ranking
+from bmsn_zoo.ranking import build_result, why_undecided
+from bmsn_zoo.results import Entry, Ranking, pareto_front
 
 SPACE = SearchSpace("bmsn_resnet20")
 

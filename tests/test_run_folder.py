@@ -454,6 +454,8 @@ def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_fo
     assert module.main([*settings, "--output", str(tmp_path / "whole")]) == 0
     names = {str(file.relative_to(tmp_path / "whole")) for file in (tmp_path / "whole").rglob("*")}
     assert {str(file.relative_to(tmp_path / "cut")) for file in (tmp_path / "cut").rglob("*")} == names
+    modes = {file.stat().st_mode for file in (tmp_path / "cut").rglob("*") if file.is_file()}
+    assert len(modes) == 1, "safetensors writes files that nobody else may read"
     same = {name for name in names if name.endswith(("tensors", "config.yaml", "config.json", "curves.png"))}
     assert len(same) >= 3
     for name in same:
