@@ -116,7 +116,7 @@ def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
     segment = json.loads((tmp_path / "run" / "search.json").read_text())["segments"][0]
     assert segment["threads"] == len(os.sched_getaffinity(0))
     assert segment["precision"] == "fp32", "the flag wins over the file"
-    assert "retrain the winner:   accelerate launch train.py --from-search run" in done.stdout
+    assert " accelerate launch train.py --from-search run\n" in done.stdout
 
 
 def test_training_compiles_where_the_file_says_so(image_folder, tmp_path):
