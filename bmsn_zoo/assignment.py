@@ -1,5 +1,6 @@
 """Which supernet a layout trains: pure functions on (L, M) float64 tensors of L layouts and M supernets."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,35 +34,36 @@ def assign(
         raise ValueError(f"scores of shape {tuple(scores.shape)} must be a finite (layouts, supernets) matrix")
     if not 0 <= sharpness < float("inf"):
         raise ValueError(f"sharpness {sharpness} must be a finite number of at least 0")
-    logits = scores.double() * sharpness
+    logits = scores.double().numpy() * sharpness  # numpy: for matrices this small, torch's calls take most of the time
     num_layouts, num_supernets = logits.shape
     target = num_layouts / num_supernets
-    offset = torch.zeros(num_supernets, dtype=torch.float64) if offset is None else offset
+    place = np.zeros(num_supernets) if offset is None else offset.numpy()
     deviation = float("inf")
 
-    def objective(offset: Tensor) -> float:
-        return float((logits + offset).logsumexp(1).sum() - target * offset.sum())
+    def objective(place: np.ndarray) -> float:
+        shifted = logits + place
+        top = shifted.max(1)
+        return float((top + np.log(np.exp(shifted - top[:, None]).sum(1))).sum() - target * place.sum())
 
     for step in range(max_iters):
-        assignment = (logits + offset).softmax(1)
+        weights = np.exp(logits + place - (logits + place).max(1, keepdims=True))
+        assignment = weights / weights.sum(1, keepdims=True)
         totals = assignment.sum(0)
-        deviation = float((totals / target - 1).abs().max())
+        deviation = float(np.abs(totals / target - 1).max())
         if deviation <= tolerance:
-            return assignment
-        if step < 4 or step % 8 == 7:
+            return torch.from_numpy(assignment)
+        if (step < 4 and deviation > 0.1) or step % 8 == 7:
             # the plain iteration: robust far from the solution, where Newton's quadratic model does not hold
-            offset -= (totals / target).clamp_min(1e-300).log()
+            place -= np.log(np.maximum(totals / target, 1e-300))
         else:
-            hessian = torch.diag(totals) - assignment.T @ assignment
-            ridge = 1e-12 * target + 1e-3 * float((totals - target).abs().mean())
-            direction = torch.linalg.solve(
-                hessian + ridge * torch.eye(num_supernets, dtype=torch.float64), target - totals
-            )
-            before, slope, scale = objective(offset), float(direction @ (totals - target)), 1.0
-            while scale > 1e-10 and objective(offset + scale * direction) > before + 1e-4 * scale * slope:
+            hessian = np.diag(totals) - assignment.T @ assignment
+            ridge = 1e-12 * target + 1e-3 * np.abs(totals - target).mean()
+            direction = np.linalg.solve(hessian + ridge * np.eye(num_supernets), target - totals)
+            before, slope, scale = objective(place), float(direction @ (totals - target)), 1.0
+            while scale > 1e-10 and objective(place + scale * direction) > before + 1e-4 * scale * slope:
                 scale /= 2
-            offset += scale * direction
-        offset -= offset.mean()
+            place += scale * direction
+        place -= place.mean()
     raise RuntimeError(f"no balanced assignment after {max_iters} steps: a usage is {deviation:.1%} off 1/M")
 
 

@@ -17,6 +17,7 @@ from bmsn_zoo.data import (
     Augmentation,
     DataSource,
     channel_statistics,
+    check_batch_size,
     even_batches,
     normalise,
     random_stream,
@@ -766,3 +767,16 @@ def test_normalise(channels):
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "multiple", "fitting"),
+    [(128, 3, 1, "126 or 129"), (128, 3, 2, "126 or 132"), (4, 3, 1, "6"), (2, 4, 2, "8"), (130, 4, 1, "128 or 132")],
+)
+def test_a_batch_that_processes_cannot_share_is_answered_by_sizes_that_they_can(
+    batch_size, processes, multiple, fitting
+):
+    with pytest.raises(InputError, match=f"batch-size {batch_size} .* {processes} processes: use {fitting}$"):
+        check_batch_size(batch_size, processes, multiple)
+    for size in fitting.split(" or "):
+        check_batch_size(int(size), processes, multiple)

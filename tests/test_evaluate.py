@@ -6,10 +6,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from accelerate import Accelerator
 from small_runs import run
 
 from bmsn_zoo import evaluate
-from bmsn_zoo.config import shipped_folder
+from bmsn_zoo.config import TrainConfig, shipped_folder
+from bmsn_zoo.data import DataSource
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"  # real images, where they lie beside the checkout
 SHIPPED = sorted(file.parent for file in shipped_folder("hub_configs").glob("*/config.json"))
@@ -62,3 +65,21 @@ def test_other_classes_are_refused(image_dataset, image_folder, runs, tmp_path, 
     renamed.save_to_disk(tmp_path / "renamed")
     assert run(evaluate, runs.found, "--dataset", tmp_path / "renamed") == 2
     assert "knows class 1 as 'east'" in capsys.readouterr().err
+
+
+def test_recorded_accuracies_are_computed_in_full_float32(image_folder):
+    """In TF32 convolutions would run by default on newer NVIDIA GPUs; what was set comes back, come what may."""
+    data, seen = DataSource(TrainConfig(dataset=str(image_folder)), 1).test(), []
+
+    class Watching(torch.nn.Module):
+        def forward(self, images):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return torch.zeros(len(images), 4 if len(seen) == 1 else 1)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert before[0], "torch's default has changed: is this still needed?"
+    evaluate.evaluate(Watching(), data.images, data.mean, data.std, Accelerator())
+    with pytest.raises(IndexError):  # one class is too few for the labels
+        evaluate.evaluate(Watching(), data.images, data.mean, data.std, Accelerator())
+    assert seen == [(False, False)] * 2
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
