@@ -57,6 +57,8 @@ class Layout:
         if isinstance(value, Layout):
             return value
         if isinstance(value, str):
+            if len(value) > 500:
+                raise InputError(f"layout of {len(value)} characters: it has at most {_MAX_SCALES} scales")
             if not _TEXT.fullmatch(value):
                 raise InputError(f"layout {brief(value)} is not a list of whole numbers: write it as 5-3-2")
             return cls(tuple(int(entry) for entry in re.split("[-,]", value)))
@@ -78,15 +80,9 @@ class Layout:
         return len(self.units_per_scale)
 
     @property
-    def scale_of_unit(self) -> tuple[int, ...]:
-        """For each unit the index of its resolution, 0 being the full one."""
-        return tuple(scale for scale, units in enumerate(self.units_per_scale) for _ in range(units))
-
-    @property
     def flags(self) -> tuple[int, ...]:
         """For each unit 1 if its input is downsampled, else 0; `flags[0]` is 0."""
-        scales = self.scale_of_unit
-        return tuple(int(unit > 0 and scales[unit] != scales[unit - 1]) for unit in range(len(scales)))
+        return tuple(int(scale > 0 and unit == 0) for scale, n in enumerate(self.units_per_scale) for unit in range(n))
 
     def check(
         self, num_units: int, image_size: int | None = None, halve: Callable[[int], int] = halve_down
@@ -114,12 +110,4 @@ class Layout:
         sides = [image_size]
         for _ in self.units_per_scale[1:]:
             sides.append(halve(sides[-1]))
-        return tuple(sides[scale] for scale in self.scale_of_unit)
-
-    def table(self, image_size: int, channels: Sequence[int]) -> str:
-        """A text table of unit, resolution and channels; `channels` holds one entry for each unit."""
-        self.check(len(channels), image_size)
-        rows = [f"{'unit':>4}  {'resolution':>10}  {'channels':>8}"]
-        for unit, (size, width) in enumerate(zip(self.resolutions(image_size), channels, strict=True)):
-            rows.append(f"{unit:>4}  {f'{size}x{size}':>10}  {width:>8}")
-        return "\n".join(rows)
+        return tuple(side for side, units in zip(sides, self.units_per_scale, strict=True) for _ in range(units))

@@ -99,11 +99,10 @@ def test_flags_scales_and_resolutions_agree(units):
     assert layout.num_scales == len(units) == 1 + sum(layout.flags)
     assert layout.flags[0] == 0
     size = 40
-    for unit, (flag, scale) in enumerate(zip(layout.flags, layout.scale_of_unit, strict=True)):
+    for flag, side in zip(layout.flags, layout.resolutions(40), strict=True):
         size = size // 2 if flag else size
-        assert layout.resolutions(40)[unit] == size
-        assert scale == sum(layout.flags[: unit + 1])
-    assert [layout.scale_of_unit.count(scale) for scale in range(len(units))] == list(units)
+        assert side == size
+    assert [layout.resolutions(40).count(40 >> scale) for scale in range(len(units))] == list(units)
 
 
 def test_flags_are_one_where_a_resolution_starts():
@@ -122,19 +121,6 @@ def test_strides_round_up():
     assert Layout((1, 1, 1)).check(3, 1, halve).resolutions(1, halve) == (1, 1, 1)
     with pytest.raises(InputError, match="too many for 0-pixel images"):
         Layout((1, 1, 1)).check(3, 0, halve)
-
-
-def test_table_shows_unit_resolution_and_channels():
-    head, *rows = Layout((1, 2, 1)).table(32, (16, 16, 32, 64)).splitlines()
-    assert head.split() == ["unit", "resolution", "channels"]
-    assert [row.split() for row in rows] == [
-        ["0", "32x32", "16"],
-        ["1", "16x16", "16"],
-        ["2", "16x16", "32"],
-        ["3", "8x8", "64"],
-    ]
-    with pytest.raises(InputError, match="sums to 4"):
-        Layout((1, 2, 1)).table(32, (16, 16, 32))
 
 
 def test_layouts_are_ordered_and_frozen():

@@ -403,4 +403,3 @@ def test_group_matcher_covers_every_parameter(name, layout):
         groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
         assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
         assert len(groups) == (3 if coarse else len(model.blocks) + 2)
-    assert set(model.no_weight_decay()) <= set(model.state_dict())

@@ -38,7 +38,7 @@ def register_folder(folder: Path) -> None:
     try:
         config = read_json(folder / "config.json")
         backbone, defaults = config["architecture"], dict(config["model_args"])
-        fixed = Layout.parse(defaults.pop("layout")).check(BACKBONES[backbone].num_units)
+        fixed = BACKBONES[backbone].check(defaults.pop("layout"))
         cfg = {
             "hf_hub_id": f"{HUB_ORG}/{name}",
             **tuples(dict(config["pretrained_cfg"])),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -144,11 +145,11 @@ class PoolingResNet(nn.Module):
     def _describe(self, layout: Layout) -> None:
         """Record the layout and what timm derives from it: the last module of every resolution."""
         self.layout = str(layout)
-        self.feature_info, end = [], 0
-        for scale, units in enumerate(layout.units_per_scale):
-            end += units
-            module = "act1" if end == 1 else f"blocks.{end - 2}"
-            self.feature_info.append(dict(num_chs=self.channels[end - 1], reduction=2**scale, module=module))
+        self.scale_ends = [units - 1 for units in accumulate(layout.units_per_scale)]  # in blocks, without the stem
+        self.feature_info = [
+            dict(num_chs=self.channels[end], reduction=2**scale, module=f"blocks.{end - 1}" if end else "act1")
+            for scale, end in enumerate(self.scale_ends)
+        ]
 
     @torch.jit.ignore
     def set_layout(self, layout: str | Sequence[int] | Layout) -> None:
@@ -183,11 +184,6 @@ class PoolingResNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm: how parameters group into layers, for layer-wise learning rates."""
         return dict(stem=r"^conv1|bn1", blocks=r"^blocks" if coarse else r"^blocks\.(\d+)")
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """timm: parameters to keep from weight decay beside biases and norms, which optimisers leave out already."""
-        return set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -253,13 +249,12 @@ class PoolingResNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not supported: use NCHW")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        ends = self._scale_ends()
-        maps = []
+        maps: list[torch.Tensor] = []
         x = self.act1(self.bn1(self.conv1(x)))
-        for scale, end in enumerate(ends):
-            blocks = self.blocks[(ends[scale - 1] if scale else 0) : end]
+        for scale, (start, end) in enumerate(pairwise([0, *self.scale_ends])):
             if stop_early and scale > last:
                 break
+            blocks = self.blocks[start:end]
             x = checkpoint_seq(blocks, x) if self.grad_checkpointing and len(blocks) else blocks(x)
             if scale in take:
                 maps.append(x)
@@ -272,20 +267,11 @@ class PoolingResNet(nn.Module):
         """timm: drop the blocks after the last map asked for, and the head; returns the absolute indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         cut = last + 1 < len(self.feature_info)  # the head is as wide as the last map, so it goes with it
-        self.blocks = self.blocks[: self._scale_ends()[last]]
+        self.blocks = self.blocks[: self.scale_ends[last]]
         self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
-
-    @torch.jit.ignore
-    def _scale_ends(self) -> list[int]:
-        """For each resolution the number of blocks up to its end."""
-        ends, units = [], 0
-        for entry in Layout.parse(self.layout).units_per_scale:
-            units += entry
-            ends.append(units - 1)
-        return ends
 
 
 def _check_layout(module: PoolingResNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
