@@ -91,14 +91,6 @@ def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay
         assert measured["loss"] == pytest.approx(recorded, rel=1e-5)
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(image_folder, tmp_path):
-    settings = ["--dataset", image_folder, *QUICK, "--output", tmp_path / "run"]
-    done = run("search.py", *settings, WORLD_SIZE="2", RANK="0", LOCAL_RANK="-1")
-    assert done.returncode == 2
-    assert "ACCELERATE_USE_CPU=true torchrun" in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def launched(tmp_path, **content):
     """A launcher with a file as `accelerate config` writes it."""
     alone = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1, "num_processes": 1}
