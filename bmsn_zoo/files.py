@@ -14,8 +14,8 @@ from pydantic_core import from_json
 from .errors import InputError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole, down to the disk: readers see the old content or the new, never a part.
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file whole: readers see the old content or the new, never a part; with `sync` after a power cut too.
 
     Raises:
         OSError: if the disk is full, or nothing may be written there; it names the file.
@@ -24,13 +24,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with partial.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        if os.name == "posix":  # the name too
-            home = os.open(path.parent, os.O_RDONLY)
-            os.fsync(home)
-            os.close(home)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -42,9 +39,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, sync: bool = True) -> None:
     """Write JSON whole; not-a-number is an error."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(), sync)
 
 
 @contextmanager

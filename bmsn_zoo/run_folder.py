@@ -259,9 +259,9 @@ class RunFolder:
         self._update(RunState(kind=kind, settings=config.settings(), identity=identity, segments=[*segments, new]))
         follow(self)
 
-    def _update(self, state: RunState) -> None:
+    def _update(self, state: RunState, sync: bool = True) -> None:
         self.state = state
-        state.write(self.path / "run.json")
+        write_json(self.path / "run.json", state.model_dump(), sync)
 
     @property
     def segments(self) -> list[Segment]:
@@ -274,7 +274,7 @@ class RunFolder:
         seconds = round(time.monotonic() - self._started, 1)
         *before, last = self.segments
         segments = [*before, last.model_copy(update={"seconds": seconds})]
-        self._update(self.state.model_copy(update={"segments": segments}))
+        self._update(self.state.model_copy(update={"segments": segments}), sync=False)
 
     def finish(self) -> None:
         """Mark the run as finished, when all that it makes is there, and remove its checkpoints."""
@@ -292,8 +292,6 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints that were whole when they were written, oldest first."""
@@ -318,6 +316,11 @@ class RunFolder:
             write_json(folder / "scaler.json", accelerator.scaler.state_dict())
         write_bytes(folder / "metrics.jsonl", (self.path / "metrics.jsonl").read_bytes())
         write_json(folder / "complete.json", _checksums(folder))
+        if os.name == "posix":  # the names too, before any older one goes
+            for home in (folder, self.path):
+                handle = os.open(home, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
         for older in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(older)
 
