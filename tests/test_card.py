@@ -322,6 +322,8 @@ def test_a_search_without_a_winner_names_none(runs, tmp_path):
     assert "No winner: all are alike.\n" in text
     assert "# trains 4-3-3 from scratch" in text
     assert "First choice" not in text
+    alone = portable(search.model_copy(update={"default": None, "best_within_default_macs": None}))
+    assert "(default" not in search_card(alone, "me/search")
     folder = shutil.copytree(runs.zoo / FOUND, tmp_path / "model")
     search.write(folder / "search.json")
     write_card(folder)
