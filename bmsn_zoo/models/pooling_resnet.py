@@ -304,25 +304,24 @@ def tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2470, 0.2435, 0.2616),
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2306.11982",
-        "paper_name": "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture",
-        **kwargs,
+default_cfgs = generate_default_cfgs(
+    {
+        "bmsn_resnet20": {
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "pool_size": (8, 8),
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+            "first_conv": "conv1",
+            "classifier": "fc",
+            "license": "apache-2.0",
+            "paper_ids": "arXiv:2306.11982",
+            "paper_name": "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture",
+        }
     }
-
-
-default_cfgs = generate_default_cfgs({"bmsn_resnet20": _cfg()})
+)
 
 
 def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout | None, **kwargs: Any) -> nn.Module:
