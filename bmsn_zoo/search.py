@@ -322,16 +322,11 @@ def _start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
 
 
 def _peak_memory_mib(device: torch.device) -> int | None:
+    """Of the GPU, or of this process without what its launcher held; None where neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     status = Path("/proc/self/status")
-    if status.exists():  # resource would count what the launcher held when it started this process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10 if status.exists() else None
 
 
 def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m bmsn_zoo.") -> int:

@@ -56,20 +56,8 @@ from .step import Lag, check_finite
 from .usage import parser_of
 
 _log = logging.getLogger(__name__)
-_INHERITED = (
-    "dataset",
-    "dataset_id",
-    "dataset_config",
-    "dataset_revision",
-    "image_column",
-    "label_column",
-    "train_split",
-    "test_split",
-    "in_chans",
-    "model",
-    "flip",
-    "crop_padding",
-)
+_DATA = ["dataset", "dataset_id", "dataset_config", "dataset_revision", "image_column", "label_column", "train_split"]
+_INHERITED = [*_DATA, "test_split", "in_chans", "model", "flip", "crop_padding"]  # from the search of the layout
 
 
 def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
