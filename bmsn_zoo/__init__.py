@@ -6,8 +6,8 @@ from .layout import Layout
 
 usage.answer_early()  # before what takes seconds to import
 
-from .models import PoolingResNet  # noqa: E402
+from .models import PoolingResNet, layout_of, relayout  # noqa: E402
 from .search_space import BACKBONES, Backbone, SearchSpace  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["BACKBONES", "Backbone", "InputError", "Layout", "PoolingResNet", "SearchSpace"]
+__all__ = ["BACKBONES", "Backbone", "InputError", "Layout", "PoolingResNet", "SearchSpace", "layout_of", "relayout"]

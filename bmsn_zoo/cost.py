@@ -22,7 +22,7 @@ def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 
     Raises:
         InputError: if the layout does not fit the backbone or the image.
     """
-    shape, total = torch.Size((1, in_chans, image_size, image_size)), 0
+    shape, total = torch.Size((2, in_chans, image_size, image_size)), 0  # norms want two
     for unit, flag in enumerate(backbone.check(layout, image_size).flags):
         count, shape = _row(backbone, in_chans, unit, shape, bool(flag))
         total += count
@@ -31,10 +31,10 @@ def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 
 
 @cache
 def _row(backbone: "Backbone", in_chans: int, unit: int, shape: torch.Size, downsample: bool) -> tuple[int, torch.Size]:
-    """Multiply-accumulates of one unit on a map of this shape, and the shape of what it makes of it."""
+    """Multiply-accumulates of one unit for each of two maps of this shape, and the shape of what it makes of them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x = _network(backbone, in_chans).forward_unit(torch.empty(shape, device="meta"), unit, downsample)
-    return counter.get_total_flops() // 2, x.shape
+    return counter.get_total_flops() // 4, x.shape
 
 
 @cache

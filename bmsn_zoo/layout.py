@@ -16,6 +16,11 @@ def halve_down(side: int) -> int:
     return side // 2
 
 
+def halve_up(side: int) -> int:
+    """Half a side in pixels as strides of 2 leave it, an odd last row being kept."""
+    return -(-side // 2)
+
+
 @dataclass(frozen=True, order=True)
 class Layout:
     """How many consecutive units of a backbone work at each resolution (paper, section 3).

@@ -15,7 +15,7 @@ from .config import TrainConfig, shipped_folder
 from .errors import InputError, first_line
 from .export import export_onnx, preparation, require_onnx
 from .files import read_bytes, read_json, sha256, write_json
-from .models import PoolingResNet
+from .models import PoolingResNet, RelaidResNet
 from .models.found import HUB_ORG
 from .results import SearchResult, TrainResult
 from .run_folder import check_weights
@@ -23,6 +23,7 @@ from .run_folder import check_weights
 # all that a model folder may hold: no pickle is among it
 _RECORDS = ("config.json", "metrics.json", "metrics.jsonl", "search.json")
 MODEL_FILES = ("README.md", *_RECORDS, "model.onnx", "model.safetensors")
+_ARGUMENTS = ("model", "layout", "stem")  # of a model, beside what config.json says elsewhere
 # what may differ between models that are compared: what is compared, and where the data lay, whose fingerprints count
 _DATA = {"fingerprint", "test_fingerprint", "image_size"}
 _FREE = {"layout", "seed", "from_search", "pick", "dataset", "dataset_id", "dataset_config", "dataset_revision"}
@@ -31,7 +32,7 @@ _FREE |= {"image_column", "label_column", "train_split", "test_split"}
 
 def save_model(
     folder: Path,
-    model: PoolingResNet,
+    model: PoolingResNet | RelaidResNet,
     label_names: list[str],
     metrics: TrainResult,
     search: SearchResult | None = None,
@@ -49,6 +50,7 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = model.to(memory_format=torch.contiguous_format)  # safetensors asks for it
+    args = getattr(model, "_model_args", {}) | {"layout": model.layout}  # older timm does not keep them
     save_for_hf(
         model,
         str(folder),
@@ -56,7 +58,7 @@ def save_model(
             "label_names": label_names,
             "preprocessing": preparation(metrics.dataset.in_chans, metrics.dataset.image_size),
         },
-        model_args={"layout": model.layout},
+        model_args={key: args[key] for key in _ARGUMENTS if key in args},
         safe_serialization=True,
     )
     write_json(folder / "config.json", _for_every_client(read_json(folder / "config.json")))
@@ -74,11 +76,13 @@ def save_model(
 def _for_every_client(config: dict[str, Any]) -> dict[str, Any]:
     """config.json with no argument that it says elsewhere: transformers passes `model_args` on beside the classes."""
     chans = config["pretrained_cfg"]["input_size"][0]
-    config["model_args"] = {"layout": config["model_args"]["layout"]} | ({"in_chans": chans} if chans != 3 else {})
+    args = config["model_args"]
+    own = {key: args[key] for key in _ARGUMENTS if key in args}
+    config["model_args"] = own | ({"in_chans": chans} if chans != 3 else {})
     return config
 
 
-def load_model(folder: Path) -> PoolingResNet:
+def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
     """Load a model folder as timm does, in evaluation mode, and check that its files agree.
 
     Raises:
@@ -96,7 +100,7 @@ def load_model(folder: Path) -> PoolingResNet:
         model.load_state_dict(weights)  # never another file, as timm might
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(model, PoolingResNet):
+    if not isinstance(model, PoolingResNet | RelaidResNet):
         raise InputError(f"{folder} holds a {type(model).__name__}, which is none of our models")
     check_weights(weights, model.state_dict(), str(data))
     cfg: Any = model.pretrained_cfg

@@ -92,7 +92,7 @@ def test_macs_check_values(space, layout):
 def test_macs_are_those_of_the_real_convolutions(name, image_size, in_chans):
     space, counted = SearchSpace(name), []
     for layout in {space[0], space[len(space) // 2], space[-1], space.default_layout}:
-        model = timm.create_model(name, layout=str(layout), in_chans=in_chans).eval()
+        model = timm.create_model(name, layout=str(layout), in_chans=in_chans, device="meta").eval()
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(
@@ -100,7 +100,7 @@ def test_macs_are_those_of_the_real_convolutions(name, image_size, in_chans):
                 )
         counted.clear()
         with torch.no_grad():
-            model(torch.zeros(1, in_chans, image_size, image_size))
+            model(torch.zeros(1, in_chans, image_size, image_size, device="meta"))
         assert space.macs(layout, image_size, in_chans) == sum(counted)
 
 

@@ -52,6 +52,8 @@ def test_walk_equals_one_by_one(name, default_layout, images):
     if name != "bmsn_resnet20" and default_layout is not None:
         pytest.skip("these layouts are ResNet20's")
     made = mixture(1, default_layout=default_layout, name=name)
+    if len(made.space) > 36:
+        made.space = made.space.subset(made.space[index] for index in range(0, len(made.space), len(made.space) // 8))
     walked = list(walk_layouts(made.supernets[0], made.space, images))
     expected = one_by_one(made.supernets[0], made.space, images)
     assert len(walked) == len(made.space)

@@ -17,11 +17,18 @@ import bmsn_zoo
 from bmsn_zoo.export import require_onnx
 
 NAMES = timm.list_models("bmsn_*", include_tags=True)
-OTHER_LAYOUTS = {"bmsn_resnet20": ["1-1-8", "8-1-1", "3-3-2-2"]}
+OTHER_LAYOUTS = {
+    "bmsn_resnet20": ["1-1-8", "8-1-1", "3-3-2-2"],
+    "bmsn_resnet18": ["1-1-2-5", "5-2-2"],
+    "bmsn_resnet50": ["1-5-7-3"],
+    "bmsn_relaid": ["1-2-4-1"],
+}
 CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS for v in OTHER_LAYOUTS[name]]
 each_case = pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda v: str(v or "default"))
 # exporting is slow
-each_export = pytest.mark.parametrize(("name", "layout"), [(n, None) for n in NAMES] + [("bmsn_resnet20", "8-1-1")])
+EXPORTED = [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet18", "1-1-2-5"), ("bmsn_relaid", "1-2-4-1")]
+SMALL = [name for name in NAMES if name not in ("bmsn_resnet50", "bmsn_relaid")]
+each_export = pytest.mark.parametrize(("name", "layout"), [(n, None) for n in SMALL] + EXPORTED)
 FEATURE_CLASSES = [None, "getter", "hook", "dict", "fx"]
 
 
@@ -40,6 +47,22 @@ def create(name, layout=None, **kwargs):
     return model
 
 
+def blocks(model):
+    """The residual blocks in order; the names of timm's ResNets number them by stage."""
+    if hasattr(model, "blocks"):
+        return list(model.blocks)
+    return [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
+
+
+def stem_units(name):
+    return int(name not in ("bmsn_resnet50", "bmsn_relaid"))
+
+
+def side(model, pixels, reduction):
+    """Side of a map: pools drop an odd last row, strides keep it."""
+    return pixels // reduction if hasattr(model, "blocks") else -(-pixels // reduction)
+
+
 def images(model, batch=2, size=None):
     channels, *default = model.default_cfg["input_size"]
     return torch.randn(batch, channels, *(size or default))
@@ -55,7 +78,7 @@ def test_names_are_ours_alone():
 
 
 def test_generic_names_are_the_backbones():
-    assert set(OTHER_LAYOUTS) == set(bmsn_zoo.BACKBONES)
+    assert set(OTHER_LAYOUTS) == {*bmsn_zoo.BACKBONES, "bmsn_relaid"}
     assert set(OTHER_LAYOUTS) <= set(timm.list_models("bmsn_*"))
 
 
@@ -120,7 +143,7 @@ def test_default_cfg_agrees_with_the_model(name, layout):
     assert cfg["license"]
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == cfg["input_size"]
-    assert data["crop_pct"] == 1.0
+    assert data["crop_pct"] == (0.95 if name == "bmsn_relaid" else 1.0)
 
 
 @each_case
@@ -155,7 +178,7 @@ def test_other_image_sizes(name, layout, size):
     last = model.feature_info[-1]
     reduction = last["reduction"] if isinstance(last, dict) else model.feature_info.reduction()[-1]
     x = images(model, size=size)
-    assert model.forward_features(x).shape[2:] == (size[0] // reduction, size[1] // reduction)
+    assert model.forward_features(x).shape[2:] == tuple(side(model, pixels, reduction) for pixels in size)
     assert model(x).isfinite().all()
 
 
@@ -202,15 +225,16 @@ def test_features_only(name, layout, feature_cls, out_indices):
         for level, (found, expected) in enumerate(zip(maps, real, strict=True)):
             assert torch.equal(found, expected)
             assert model.feature_info.channels()[level] == found.shape[1]
-            assert size // model.feature_info.reduction()[level] == found.shape[2] == found.shape[3]
+            assert side(plain, size, model.feature_info.reduction()[level]) == found.shape[2] == found.shape[3]
 
 
 @each_case
 def test_feature_info_starts_at_full_resolution_and_follows_the_layout(name, layout):
     info = create(name, layout, features_only=True).feature_info
     units = bmsn_zoo.Layout.parse(create(name, layout).layout)
-    channels = bmsn_zoo.BACKBONES[name.split(".")[0]].channels if name.split(".")[0] in OTHER_LAYOUTS else None
-    assert info.reduction() == [2**scale for scale in range(units.num_scales)]
+    channels = bmsn_zoo.BACKBONES[name].channels if name in bmsn_zoo.BACKBONES else None
+    stem = [2, 4] if name == "bmsn_relaid" else [1]  # whose pool comes before the first unit
+    assert info.reduction() == stem[:-1] + [stem[-1] * 2**scale for scale in range(units.num_scales)]
     if channels:
         ends = itertools.accumulate(units.units_per_scale)
         assert info.channels() == [channels[end - 1] for end in ends]
@@ -228,7 +252,7 @@ def test_forward_intermediates(name, layout, checkpointing):
     assert len(maps) == len(model.feature_info)
     for found, info in zip(maps, model.feature_info, strict=True):
         assert found.shape[1] == info["num_chs"]
-        assert found.shape[2] == x.shape[2] // info["reduction"]
+        assert found.shape[2] == side(model, x.shape[2], info["reduction"])
     assert torch.equal(maps[-1], final)
     for indices in (1, 2, [0], [0, 2], [1], (-1,)):
         chosen = range(len(maps))[-indices:] if isinstance(indices, int) else [i % len(maps) for i in indices]
@@ -249,15 +273,15 @@ def test_forward_intermediates(name, layout, checkpointing):
 def test_stop_early_runs_no_later_unit(name, layout):
     model = create(name, layout)
     runs = []
-    for block in model.blocks:
+    for block in blocks(model):
         block.register_forward_hook(lambda block, *_: runs.append(block))
     x = images(model)
-    model.forward_intermediates(x, indices=[0], stop_early=True)
-    first_scale = bmsn_zoo.Layout.parse(model.layout).units_per_scale[0]
-    assert len(runs) == first_scale - 1
+    level = 1 if name == "bmsn_relaid" else 0  # after the stem
+    model.forward_intermediates(x, indices=[level], stop_early=True)
+    assert len(runs) == bmsn_zoo.Layout.parse(model.layout).units_per_scale[0] - stem_units(name)
     runs.clear()
-    model.forward_intermediates(x, indices=[0])
-    assert len(runs) == len(model.blocks)
+    model.forward_intermediates(x, indices=[level])
+    assert len(runs) == len(blocks(model))
 
 
 @each_case
@@ -267,11 +291,12 @@ def test_prune_intermediate_layers(name, layout, indices):
     x = images(model)
     levels = len(model.feature_info)
     expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
-    before = len(model.blocks)
+    before, levels_before_units = len(blocks(model)), levels - bmsn_zoo.Layout.parse(model.layout).num_scales
+    units = bmsn_zoo.Layout.parse(model.layout).units_per_scale
     kept = model.prune_intermediate_layers(indices, prune_head=True)
     assert kept == (list(range(levels))[-indices:] if isinstance(indices, int) else [i % levels for i in indices])
-    last = sum(bmsn_zoo.Layout.parse(model.layout).units_per_scale[: max(kept) + 1])
-    assert len(model.blocks) == last - 1 <= before
+    last = sum(units[: max(kept) + 1 - levels_before_units])
+    assert len(blocks(model)) == max(0, last - stem_units(name)) <= before
     assert not any(p.ndim == 2 for p in model.parameters()), "the head is still there"
     found = model.forward_intermediates(x, indices=kept, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -388,7 +413,8 @@ def test_layer_decay_grows_from_stem_to_head(name, layout):
             assert id(parameter) not in scale
             scale[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]
     of = {key: scale[id(parameter)] for key, parameter in model.named_parameters()}
-    depth = [of["conv1.weight"], *(of[f"blocks.{i}.conv1.weight"] for i in range(len(model.blocks))), of["fc.weight"]]
+    first = {id(module): f"{key}.weight" for key, module in model.named_modules()}
+    depth = [of["conv1.weight"], *(of[first[id(block.conv1)]] for block in blocks(model)), of["fc.weight"]]
     assert depth == sorted(set(depth))
     assert of["bn1.weight"] == of["conv1.weight"]
     assert of["fc.weight"] == 1.0
@@ -402,4 +428,5 @@ def test_group_matcher_covers_every_parameter(name, layout):
     for coarse in (False, True):
         groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
         assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
-        assert len(groups) == (3 if coarse else len(model.blocks) + 2)
+        stages = 1 if hasattr(model, "blocks") else 4
+        assert len(groups) == (stages if coarse else len(blocks(model))) + 2

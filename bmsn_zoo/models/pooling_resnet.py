@@ -18,7 +18,7 @@ from ..search_space import BACKBONES, Backbone
 __all__ = ["PoolingResNet"]
 
 # Supernets normalise with the batch at hand: statistics averaged over layouts would belong to none of them.
-_SupernetNorm = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
+SupernetNorm = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
 
 
 class BasicBlock(nn.Module):
@@ -99,7 +99,7 @@ class PoolingResNet(nn.Module):
         self.searchable = searchable
         self.grad_checkpointing = False
 
-        norm_layer, act_layer = _SupernetNorm if searchable else nn.BatchNorm2d, get_act_layer(act_layer)
+        norm_layer, act_layer = SupernetNorm if searchable else nn.BatchNorm2d, get_act_layer(act_layer)
         self.conv1 = nn.Conv2d(in_chans, self.channels[0], 3, padding=1, bias=False, **factory)
         self.bn1 = norm_layer(self.channels[0], **factory)
         self.act1 = act_layer(inplace=True)
@@ -207,7 +207,7 @@ class PoolingResNet(nn.Module):
         """
         pool, weight = self.global_pool.pool_type if global_pool is None else global_pool, self.conv1.weight
         self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
-        _tell_timm(self)
+        tell_timm(self)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) images to (B, num_features, H / 2^(S-1), W / 2^(S-1)) features."""
@@ -290,7 +290,7 @@ def _check_layout(module: PoolingResNet, state_dict: dict[str, Any], prefix: str
     state_dict[prefix + "layout_units"] = torch.tensor(units, dtype=torch.float, device=stored.device)
 
 
-def _tell_timm(model: nn.Module) -> None:
+def tell_timm(model: nn.Module) -> None:
     """Make timm's cfg say what this network is: its own number of classes, and no names of other ones."""
     cfg = getattr(model, "pretrained_cfg", {})
     cfg.update(tuples(cfg))
@@ -304,24 +304,26 @@ def tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "bmsn_resnet20": {
-            "num_classes": 10,
-            "input_size": (3, 32, 32),
-            "pool_size": (8, 8),
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.4914, 0.4822, 0.4465),
-            "std": (0.2470, 0.2435, 0.2616),
-            "first_conv": "conv1",
-            "classifier": "fc",
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2306.11982",
-            "paper_name": "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture",
-        }
+def network_cfg(**kwargs: Any) -> dict[str, Any]:
+    """What timm is told of an untrained network for images of 32 pixels."""
+    return {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2306.11982",
+        "paper_name": "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture",
+        **kwargs,
     }
-)
+
+
+default_cfgs = generate_default_cfgs({"bmsn_resnet20": network_cfg()})
 
 
 def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout | None, **kwargs: Any) -> nn.Module:
@@ -341,7 +343,7 @@ def _create(variant: str, pretrained: bool, layout: str | Sequence[int] | Layout
         layout=parsed,
         **kwargs,
     )
-    _tell_timm(model)
+    tell_timm(model)
     return model
 
 
