@@ -397,9 +397,11 @@ def test_what_timms_scripts_call(name, layout, tmp_path):
 
     pytest.importorskip("onnx")
     timm.utils.onnx.onnx_export(model, str(tmp_path / "model.onnx"), batch_size=2)
-    pooled, applied = timm.layers.apply_test_time_pool(model, dict(input_size=(3, 64, 64)))
+    x = images(model)
+    expected, larger = model(x), (3, 2 * x.shape[2], 2 * x.shape[3])
+    pooled, applied = timm.layers.apply_test_time_pool(model, dict(input_size=larger))
     assert applied
-    assert pooled(torch.randn(2, 3, 64, 64)).shape == expected.shape
+    assert pooled(torch.randn(2, *larger)).shape == expected.shape
     close(pooled(x), expected)
 
 
