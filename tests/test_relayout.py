@@ -12,6 +12,7 @@ import torch
 from closeness import close
 from timm.models import ResNet, save_for_hf
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bmsn_zoo import InputError, Layout, SearchSpace, layout_of, relayout
 from bmsn_zoo.models import RelaidResNet
@@ -252,6 +253,16 @@ def test_spaces_and_multiply_accumulates(name, count):
     for layout, macs in MACS[name, 32].items():
         assert space.macs(Layout.parse(layout), 32) == macs, layout
     assert space.macs(space.default_layout, 8) > 0, "maps of one pixel"
+
+
+def test_multiply_accumulates_of_a_stock_network_at_224_pixels():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50", num_classes=0)
+        images = torch.empty(1, 3, 224, 224)
+    for layout, macs in MACS["resnet50", 224].items():
+        with FlopCounterMode(display=False) as counter:
+            relayout(model, layout)(images)
+        assert counter.get_total_flops() == 2 * macs
 
 
 def test_parameters():
