@@ -58,7 +58,7 @@ def test_python_snippets_run(tmp_path, monkeypatch):
 def test_the_two_set_up_commands_are_those_of_ci():
     """CI runs what the README promises."""
     ci = (ROOT / ".ci" / "run").read_text()
-    for command in ("pip install -e . && accelerate launch search.py", "pip install -e '.[test]' && pytest"):
+    for command in ("pip install -e . && accelerate launch search.py", "pip install -e '.[test]' && pytest -n 2"):
         assert command in README
         assert command.replace("pip install", "pip install --quiet") in ci
 
