@@ -19,6 +19,7 @@ from .launch import rank
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
 _FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
+_POLL = 0.5  # seconds between looks for the launcher
 _PLACES = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
 _PLACES += [errno.ENAMETOOLONG, errno.ENOTDIR]
 _run: Any = None
@@ -130,7 +131,7 @@ if hasattr(os, "register_at_fork"):
 
 def _watch(reader: socket.socket) -> None:
     # what was started by hand may outlive its terminal, what was launched ends with its launcher
-    reader.settimeout(0.5 if any(name in os.environ for name in _LAUNCHERS) else None)
+    reader.settimeout(_POLL if any(name in os.environ for name in _LAUNCHERS) else None)
     while True:
         try:
             received = reader.recv(1)
@@ -151,6 +152,8 @@ def _end(number: int, cause: str) -> None:
         line = "\n" * sys.stderr.isatty() + f"{line}\n"  # below a progress bar
         with contextlib.suppress(OSError):  # the terminal may be gone; sys.stderr may be locked
             os.write(2, line.encode(errors="backslashreplace"))
+    else:
+        time.sleep(2 * _POLL)  # or the first would meet our end before its cause, and blame the connection
     for child in children:  # last, since torch raises in the main thread when a reader dies
         child.kill()
     os._exit(128 + number)
