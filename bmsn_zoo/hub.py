@@ -232,7 +232,7 @@ def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[st
     files = {name: folder / name for name in SEARCH_FILES if (folder / name).is_file()}
     files["README.md"] = search_card(result, repo_id).encode()
     files["config.yaml"] = yaml.safe_dump(result.settings, sort_keys=False).encode()
-    files["search.json"] = (json.dumps(result.model_dump(), indent=1) + "\n").encode()
+    files["search.json"] = (json.dumps(result.content(), indent=1) + "\n").encode()
     choice = "no winner" if result.undecided else f"first choice {result.best.layout}"
     return f"search of {result.model}, {choice}", SEARCH_FILES, files
 

@@ -83,7 +83,8 @@ def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequ
 def draw_search(folder: Path) -> None:
     """Draw the pictures of a finished search into its folder `pictures/`."""
     result, rows = SearchResult.read(folder / "search.json"), _epochs(folder, _SearchEpoch)
-    _draw_assignment(result, folder / "pictures" / "assignment.png")
+    if result.assignment_matrix is not None:
+        _draw_assignment(result, result.assignment_matrix, folder / "pictures" / "assignment.png")
     _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
     figure = _figure(9, 3.2)
     loss, accuracy, draws = figure.subplots(1, 3)
@@ -98,9 +99,9 @@ def draw_search(folder: Path) -> None:
     _save(figure, folder / "pictures" / "curves.png")
 
 
-def _draw_assignment(result: SearchResult, path: Path) -> None:
+def _draw_assignment(result: SearchResult, matrix: Sequence[Sequence[float]], path: Path) -> None:
     macs = {entry.layout: entry.macs for entry in result.ranking}
-    rows = sorted(zip(result.layouts, result.assignment_matrix, strict=True), key=lambda row: macs[row[0]])
+    rows = sorted(zip(result.layouts, matrix, strict=True), key=lambda row: macs[row[0]])
     figure = _figure(max(6.0, 0.22 * len(rows) + 2), 1.2 + 0.35 * result.mixture_size + 0.8)
     axes = figure.add_subplot()
     columns = list(zip(*(shares for _, shares in rows), strict=True))

@@ -1,10 +1,12 @@
 """What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
+from typing_extensions import TypeAliasType
 
 from .config import DataConfig, SearchConfig, TrainConfig, build_config
 from .errors import InputError
@@ -30,7 +32,8 @@ Setting = bool | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | str | No
 Settings = dict[str, Setting]  # what was computed, see the configs
 Names = Annotated[list[str], FailFast()]
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # a fraction that was computed
-Matrix = Annotated[list[Annotated[list[Share], FailFast()]], FailFast()]  # (L, M): a row for each layout
+_Row = Annotated[list[Share], FailFast()]
+Matrix = TypeAliasType("Matrix", Annotated[list[_Row], FailFast()])  # (L, M): a row for each layout
 
 
 def _checked(kind: type[DataConfig]) -> AfterValidator:
@@ -39,6 +42,11 @@ def _checked(kind: type[DataConfig]) -> AfterValidator:
         return settings
 
     return AfterValidator(check)
+
+
+def _finite(details: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(details, allow_nan=False)
+    return details
 
 
 class Record(BaseModel):
@@ -59,9 +67,13 @@ class Record(BaseModel):
         except ValidationError as error:
             raise InputError(f"{shown} is not the {cls.__doc__.split('.')[0].lower()}: {fault(error)}") from None  # type: ignore[union-attr]
 
+    def content(self) -> dict[str, Any]:
+        """What its file holds: all that it was made with, and so nothing that an older file did not have."""
+        return self.model_dump(include=self.model_fields_set | {"schema_version"})
+
     def write(self, path: Path) -> None:
         """Write it whole."""
-        write_json(path, self.model_dump())
+        write_json(path, self.content())
 
 
 def fault(error: ValidationError) -> str:
@@ -219,7 +231,7 @@ class Ranking(Record):
             raise ValueError(f"it does not rank the {len(space)} layouts of its search space")
         for name in {"accuracy_matrix", "assignment_matrix", "scores"} & set(type(self).model_fields):
             matrix = getattr(self, name)
-            if [len(row) for row in matrix] != [self.mixture_size] * len(space):
+            if matrix is not None and [len(row) for row in matrix] != [self.mixture_size] * len(space):
                 raise ValueError(f"its matrices are not of {len(space)} layouts x {self.mixture_size} supernets")
         rows = dict(zip(space, self.accuracy_matrix, strict=True))
         for entry in self.ranking:
@@ -259,16 +271,21 @@ class SearchResult(Ranking, Run):
 
     Attributes:
         undecided: why no layout can be called the best, see `ranking.why_undecided`; None if one can.
-        assignment_matrix: p(supernet given layout), (L, M).
-        scores: moving averages of the score accuracy that the assignment comes from, fractions, (L, M).
+        assignment_matrix: p(supernet given layout), (L, M); None where the strategy has none.
+        scores: moving averages of the score accuracy that the strategy went by, fractions, (L, M); None likewise.
+        spent_macs: multiply-accumulates of the convolutions of the whole run: training steps three times their
+            forward, scoring and the last evaluation (of layouts that begin alike, what they share counts once).
+        details: what else the strategy says of its search.
     """
 
     settings: Annotated[Settings, _checked(SearchConfig)]
     dataset: SearchDataset
     peak_memory_mib: Count | None = None
     undecided: Annotated[str, Field(max_length=300)] | None = None
-    assignment_matrix: Matrix
-    scores: Matrix
+    assignment_matrix: Matrix | None = None
+    scores: Matrix | None = None
+    spent_macs: Count | None = None
+    details: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = {}
 
 
 class TrainResult(Run):

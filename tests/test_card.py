@@ -136,7 +136,7 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
     before = copy.deepcopy(record)
 
     def treated(**changed):
-        return portable(TrainResult(**{**record, **changed})).model_dump()
+        return portable(TrainResult(**{**record, **changed})).content()
 
     record["segments"][0]["command"] = [
         "/home/me/bmsn_zoo/train.py",
@@ -145,7 +145,7 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
         *("--push-to-hub", "me/net", "--private", "--revision", "trial", "--create-pr", "--dataset", "/home/me/photos"),
     ]
     once = treated()
-    assert portable(TrainResult(**once)).model_dump() == once
+    assert portable(TrainResult(**once)).content() == once
     assert once["segments"][0]["command"] == [
         *("bmsn_zoo/train.py", "--lr=0.1", "--no-flip", "--recipe", "mine.yaml", "--recipe", "digits-resnet20")
     ]
@@ -322,6 +322,9 @@ def test_a_search_without_a_winner_names_none(runs, tmp_path):
     assert "No winner: all are alike.\n" in text
     assert "# trains 4-3-3 from scratch" in text
     assert "First choice" not in text
+    other = search.model_copy(update={"assignment_matrix": None, "settings": {**search.settings, "strategy": "mcts"}})
+    assert "ranked by the strategy mcts with 2 supernets. No" in (text := search_card(portable(other), "me/search"))
+    assert "accuracy_macs.png" in text and "assignment.png" not in text
     alone = portable(search.model_copy(update={"default": None, "best_within_default_macs": None}))
     assert "(default" not in search_card(alone, "me/search")
     folder = shutil.copytree(runs.zoo / FOUND, tmp_path / "model")

@@ -7,6 +7,7 @@ import pytest
 from small_runs import run
 
 from bmsn_zoo import report
+from bmsn_zoo.results import SearchResult
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -24,6 +25,14 @@ def test_both_kinds_of_runs_are_drawn_and_told(runs, capsys, tmp_path):
         assert len(list((folder / "pictures").glob("*.png"))) == pictures
         for file in (folder / "pictures").iterdir():
             assert file.read_bytes() == (getattr(runs, folder.name) / "pictures" / file.name).read_bytes()
+
+
+def test_a_search_without_an_assignment_has_no_picture_of_it(runs, capsys, tmp_path):
+    folder = shutil.copytree(runs.search, tmp_path / "search", ignore=shutil.ignore_patterns("pictures"))
+    search = SearchResult.read(folder / "search.json")
+    search.model_copy(update={"assignment_matrix": None, "scores": None}).write(folder / "search.json")
+    assert run(report, folder) == 0
+    assert sorted(file.name for file in (folder / "pictures").iterdir()) == ["accuracy_macs.png", "curves.png"]
 
 
 def test_help(capsys):

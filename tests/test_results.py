@@ -89,3 +89,18 @@ def test_what_contradicts_itself_is_refused(change, tmp_path):
     (tmp_path / "search.json").write_text(json.dumps(result))
     with pytest.raises(InputError):
         SearchResult.read(tmp_path / "search.json")
+
+
+def test_what_only_some_strategies_say_may_be_missing_and_must_be_json(tmp_path):
+    result, file = json.loads(SEARCH.read_text()), tmp_path / "search.json"
+    for key in ("assignment_matrix", "scores"):
+        del result[key]
+    file.write_text(json.dumps({**result, "spent_macs": 10**15, "details": {"visits": [[1, 2], []], "rung": None}}))
+    read = SearchResult.read(file)
+    assert (read.assignment_matrix, read.scores, read.spent_macs) == (None, None, 10**15)
+    read.write(tmp_path / "again.json")
+    assert SearchResult.read(tmp_path / "again.json") == read
+    for wrong in ({"details": {"w": [float("nan")]}}, {"details": []}, {"spent_macs": -1}, {"scores": [[0.5]]}):
+        file.write_text(json.dumps({**result, **wrong}))
+        with pytest.raises(InputError):
+            SearchResult.read(file)
