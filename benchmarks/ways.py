@@ -113,7 +113,7 @@ class Ways:
             optimizer.zero_grad()
             with self.precision(way), torch.set_grad_enabled(not way.scoring_without_gradients):
                 correct = supernet(score_images).argmax(1) == score_labels
-            strategy.update(draw, float(correct.float().mean()))
+            strategy.update(draw, [float(correct.float().mean())])
         return (time.perf_counter() - started) / count
 
     def evaluation(self, way: Way, batches: int | None = None, supernets: int | None = None) -> float:

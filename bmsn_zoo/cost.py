@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .layout import Layout
 
 if TYPE_CHECKING:
-    from .search_space import Backbone
+    from .search_space import Backbone, SearchSpace
 
 
 def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 3) -> int:
@@ -27,6 +27,22 @@ def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 
         count, shape = _row(backbone, in_chans, unit, shape, bool(flag))
         total += count
     return total
+
+
+def tree_macs(space: "SearchSpace", image_size: int, in_chans: int = 3) -> int:
+    """Multiply-accumulates of all layouts of a space for one square image, what they share counted once.
+
+    That is what `walk_layouts` computes: layouts are a tree, and units run once for all that downsample alike so far.
+
+    Raises:
+        InputError: if a layout does not fit the image.
+    """
+    tree: dict[tuple[int, ...], int] = {}
+    for layout in space:
+        shape, flags = torch.Size((2, in_chans, image_size, image_size)), layout.flags
+        for unit, flag in enumerate(space.backbone.check(layout, image_size).flags):
+            tree[flags[: unit + 1]], shape = _row(space.backbone, in_chans, unit, shape, bool(flag))
+    return sum(tree.values())
 
 
 @cache

@@ -138,6 +138,9 @@ class _Search:
             _start_from(config.init_from, self.mixture, config)
         self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
         self.strategy = create_strategy(len(self.space), config)
+        self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
+        if self.scored and config.parallel == "mixture":
+            raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
 
     def _trainer(self, supernet: PoolingResNet) -> Trainer:
         supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -165,14 +168,15 @@ class _Search:
                 draw = self.strategy.draw(step, progress, role.owned)
                 trainer = self.trainers[draw.supernet]
                 set_learning_rate(trainer.optimizer, learning_rate(config, self.epoch_steps, step))
-                values = train_and_score(trainer, self.space[draw.layout], batch, score_batch, accelerator)
+                values = train_and_score(trainer, self.space[draw.layout], batch, score_batch, accelerator, self.scored)
                 if role.shard[1] > 1:  # all processes learn the same, or their draws would part
                     values = accelerator.reduce(values, "mean")
 
                 last = step == steps[-1]
-                for (done, drawn), (loss, accuracy) in lag.push((step, draw), values, last):
+                for (done, drawn), (loss, *accuracies) in lag.push((step, draw), values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
-                    self.strategy.update(drawn, accuracy)
+                    self.strategy.update(drawn, accuracies)
+                    accuracy = accuracies[drawn.supernet if self.scored else 0]
                     sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
                     bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):

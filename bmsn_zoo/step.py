@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ def train_and_score(
     batch: tuple[Tensor, Tensor],
     score_batch: tuple[Tensor, Tensor],
     accelerator: Accelerator,
+    scored: Sequence[PoolingResNet] | None = None,
 ) -> Tensor:
     """Train a supernet with one layout, then score the two on other images (paper, Algorithm 1).
 
@@ -40,9 +41,10 @@ def train_and_score(
         batch: normalised images (B, C, H, W) and labels (B,) to train on, on the device.
         score_batch: the same to score on.
         accelerator: of this process.
+        scored: the supernets to score with this layout; the trained one alone if None.
 
     Returns:
-        cross-entropy in nats and score accuracy, a fraction, as one tensor (2,) on the device.
+        cross-entropy in nats, then the score accuracy of each scored supernet, a fraction, as one tensor on the device.
     """
     trainer.supernet.set_layout(layout)
     images, labels = batch
@@ -52,8 +54,11 @@ def train_and_score(
     trainer.optimizer.zero_grad()
     with torch.no_grad():
         images, labels = score_batch
-        correct = trainer.supernet(images).argmax(1) == labels  # not the wrapped network: no gradients to average
-        return torch.stack([loss.detach(), correct.float().mean()])
+        values = [loss.detach()]
+        for supernet in scored or (trainer.supernet,):  # not the wrapped network: no gradients to average
+            supernet.set_layout(layout)
+            values.append((supernet(images).argmax(1) == labels).float().mean())
+        return torch.stack(values)
 
 
 class Lag(Generic[T]):

@@ -113,6 +113,19 @@ def test_macs_are_counted_once_for_each_unit_size_and_downsampling(space):
     assert cost._row.cache_info().currsize == len(rows)
 
 
+@pytest.mark.parametrize("layouts", [None, ["1-1-8", "1-9", "4-3-3", "4-2-4", "5-3-2"]])
+def test_macs_of_all_layouts_are_those_of_walking_them(space, layouts):
+    some = space.subset(layouts) if layouts else space
+    supernet = some.backbone.create(num_classes=0, in_chans=1, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        assert len(list(walk_layouts(supernet, some, torch.empty(2, 1, 16, 16, device="meta")))) == len(some)
+    assert cost.tree_macs(some, 16, 1) == counter.get_total_flops() // 4
+
+
+def test_what_a_tree_of_all_layouts_saves(space):
+    assert sum(space.macs(layout, 32) for layout in space) / cost.tree_macs(space, 32) == pytest.approx(2.03, abs=0.005)
+
+
 def test_macs_of_an_image_that_is_too_small(space):
     with pytest.raises(InputError, match="3 scales, too many for 3-pixel images"):
         space.macs(space.default_layout, 3)

@@ -30,6 +30,20 @@ def test_a_step_trains_with_its_layout_and_then_scores_on_other_images():
     assert all(parameter.grad is None for parameter in supernet.parameters())
 
 
+def test_all_supernets_are_scored_with_the_layout_of_the_step():
+    supernets = [timm.create_model("bmsn_resnet20", num_classes=4, searchable=True) for _ in range(3)]
+    trainer = Trainer(supernets[1], supernets[1], torch.optim.SGD(supernets[1].parameters(), lr=0.1))
+    images, scored = torch.randn(2, 8, 3, 16, 16)
+    labels, truth = torch.randint(0, 4, (2, 8))
+    before = {name: tensor.clone() for name, tensor in supernets[0].state_dict().items()}
+    layout, batches = Layout.parse("2-2-6"), ((images, labels), (scored, truth))
+    _, *accuracies = train_and_score(trainer, layout, *batches, Accelerator(), supernets).tolist()
+    for supernet, accuracy in zip(supernets, accuracies, strict=True):
+        supernet.set_layout(layout)
+        assert accuracy == (supernet(scored).argmax(1) == truth).float().mean().item()
+    assert all(torch.equal(before[name], tensor) for name, tensor in supernets[0].state_dict().items())
+
+
 def test_values_arrive_one_step_late_and_all_of_them_at_the_end():
     lag, arrived = Lag[int](), []
     for step in range(4):

@@ -103,7 +103,7 @@ def test_usage_is_balanced_all_along(supernets):
 def test_update_smooths_the_score_of_what_was_drawn():
     made = strategy(random_scores=False)
     drawn = made.draw(0, 0.0, ALL)
-    made.update(drawn, 0.25)
+    made.update(drawn, [0.25])
     assert made.scores[drawn.layout, drawn.supernet] == pytest.approx(0.9 * 1 + 0.1 * 0.25)
     assert (made.scores == 1).sum() == 6 * 4 - 1
 
@@ -112,8 +112,8 @@ def test_learning_changes_what_is_drawn():
     made = strategy(random_scores=False, max_sharpness=50)
     for layout in range(6):
         for _ in range(20):
-            made.update((drawn := made.draw(0, 0, ALL))._replace(layout=layout, supernet=layout % 4), 1.0)
-            made.update(drawn._replace(layout=layout, supernet=(layout + 1) % 4), 0.2)
+            made.update((drawn := made.draw(0, 0, ALL))._replace(layout=layout, supernet=layout % 4), [1.0])
+            made.update(drawn._replace(layout=layout, supernet=(layout + 1) % 4), [0.2])
     assignment = made.assignment(1.0)
     assert all(assignment[layout, layout % 4] > assignment[layout, (layout + 1) % 4] for layout in range(6))
 
@@ -128,7 +128,7 @@ def test_a_restored_state_goes_on_bit_for_bit():
         drawn = made.draw(step, step / 300, ALL)
         assert step < 150 or again.draw(step, step / 300, ALL) == drawn
         for each in (made, again):
-            each.update(drawn, (step * 7 % 10) / 10)
+            each.update(drawn, [(step * 7 % 10) / 10])
     assert torch.equal(again.state_dict()["offset"], made.state_dict()["offset"])
     assert again.result() == made.result()
     assert not torch.equal(again.scores, state["scores"]), "the state is a copy"
@@ -156,7 +156,9 @@ def test_owners_exchange_what_they_learned():
 
 
 class Alternating:
-    """A strategy of one's own: layouts and supernets in turn."""
+    """A strategy of one's own: layouts and supernets in turn, every supernet scored."""
+
+    scores_all = True
 
     def __init__(self, num_layouts, config):
         self.sizes, self.seen = (num_layouts, config.mixture_size), torch.zeros(num_layouts, config.mixture_size)
@@ -164,7 +166,8 @@ class Alternating:
     def draw(self, step, progress, owned):
         return Draw(step % self.sizes[0], owned[step % len(owned)])
 
-    def update(self, draw, accuracy):
+    def update(self, draw, accuracies):
+        assert len(accuracies) == self.sizes[1]
         self.seen[draw] += 1
 
     def exchange(self, owned, gather):

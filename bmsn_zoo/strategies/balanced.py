@@ -1,6 +1,6 @@
 """The balanced mixture: every supernet trains the layouts that it serves best, and all are used equally."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class BalancedMixture:
     Attributes:
         scores: smoothed accuracies, float64 tensor of shape (L, M), starting at 1.
     """
+
+    scores_all = False
 
     def __init__(self, num_layouts: int, config: SearchConfig) -> None:
         self.scores = torch.ones(num_layouts, config.mixture_size, dtype=torch.float64)
@@ -54,9 +56,9 @@ class BalancedMixture:
         supernet = owned[int(rng.integers(len(owned)))]
         return Draw(_pick(rng, assignment[:, supernet]), supernet)
 
-    def update(self, draw: Draw, accuracy: float) -> None:
+    def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
         """Smooth an accuracy into the score of what was drawn."""
-        update_score(self.scores, draw.layout, draw.supernet, accuracy, self.config.score_momentum)
+        update_score(self.scores, draw.layout, draw.supernet, accuracies[0], self.config.score_momentum)
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
         """Take the score columns of all supernets, each from its owner."""

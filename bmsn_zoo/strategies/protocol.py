@@ -1,6 +1,6 @@
 """What the search loop asks of a strategy; it knows nothing else of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,14 +14,20 @@ class Draw(NamedTuple):
 
 
 class Strategy(Protocol):
-    """Who is trained next; with the same seed, steps and accuracies it draws the same on every process."""
+    """Who is trained next; with the same seed, steps and accuracies it draws the same on every process.
+
+    Attributes:
+        scores_all: whether every supernet is scored with the drawn layout, on the same images, not the drawn one alone.
+    """
+
+    scores_all: bool
 
     def draw(self, step: int, progress: float, owned: range) -> Draw:
         """The layout and supernet of a step; `progress` runs from 0 to 1 over the search, `owned` limits supernets."""
         ...
 
-    def update(self, draw: Draw, accuracy: float) -> None:
-        """Learn the score-split accuracy, a fraction, of what was drawn."""
+    def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
+        """Learn the score-split accuracy, a fraction, of what was drawn; of every supernet if it `scores_all`."""
         ...
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
