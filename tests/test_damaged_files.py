@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from small_runs import COMMON, FOUND
 
-from bmsn_zoo import InputError, hub, report
+from bmsn_zoo import InputError, hub, one_shot, report
 from bmsn_zoo import search as search_module
 from bmsn_zoo.config import SearchConfig, build_config, load_recipe, shipped_folder
 from bmsn_zoo.data import DataSource
@@ -225,7 +225,7 @@ def test_supernets(copies):
     config = SearchConfig(mixture_size=2)
 
     def read():
-        search_module._start_from(str(copies / "search"), mixture, config)
+        one_shot.start_from(str(copies / "search"), mixture, config)
         return mixture.state_dict()
 
     damage_all(

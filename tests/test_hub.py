@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants, get_session
 from safetensors.torch import load_file, save_file
 from small_runs import COMMON, DEFAULT, FOUND, run
 
-from bmsn_zoo import InputError, SearchSpace, hub
+from bmsn_zoo import InputError, SearchSpace, hub, one_shot
 from bmsn_zoo import search as search_module
 from bmsn_zoo import train as train_module
 from bmsn_zoo.card import SOME_NAME
@@ -522,7 +522,7 @@ def test_another_number_of_classes_keeps_fresh_classifiers(runs):
 
     mixture = Mixture(SearchSpace("bmsn_resnet20"), 2, 7, 3, seed=1)
     fresh = mixture.state_dict()
-    search_module._start_from(str(runs.search), mixture, SearchConfig(mixture_size=2))
+    one_shot.start_from(str(runs.search), mixture, SearchConfig(mixture_size=2))
     stored, now = load_file(runs.search / "supernets.safetensors"), mixture.state_dict()
     for key in now:
         assert torch.equal(now[key], (fresh if ".fc." in key else stored)[key]), key

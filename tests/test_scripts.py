@@ -23,6 +23,7 @@ from bmsn_zoo.assignment import usage
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource, normalise, to_pixels
 from bmsn_zoo.results import SearchResult
+from bmsn_zoo.supernet import Mixture, count_correct
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--mixture-size", "2", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
@@ -75,7 +76,7 @@ def test_search_ranks_every_layout_and_keeps_its_evidence(searched):
 def test_supernet_weights_reproduce_the_matrix(searched, image_dataset):
     output, result = searched
     space = bmsn_zoo.SearchSpace("bmsn_resnet20")
-    mixture = search_module.Mixture(space, 2, 4, 3, seed=5)
+    mixture = Mixture(space, 2, 4, 3, seed=5)
     mixture.load_state_dict(load_file(output / "supernets.safetensors"))
     rows = load_file(output / "split.safetensors")["score_rows"]
     score = image_dataset["train"].select(rows.tolist())
@@ -83,7 +84,7 @@ def test_supernet_weights_reproduce_the_matrix(searched, image_dataset):
     labels = torch.tensor(score["label"])
     data = result["dataset"]
     for m, supernet in enumerate(mixture.supernets):
-        correct = search_module.count_correct(supernet, space, normalise(pixels, data["mean"], data["std"]), labels)
+        correct = count_correct(supernet, space, normalise(pixels, data["mean"], data["std"]), labels)
         # one batch holds the whole split, so its order does not matter but for rounding
         expected = torch.tensor(result["accuracy_matrix"])[:, m]
         assert (correct / len(labels) - expected).abs().max() <= 1.01 / len(labels)
@@ -108,7 +109,7 @@ def test_evaluating_in_between_changes_nothing(searched, image_folder, tmp_path)
 def test_bf16_ranks_a_trained_supernet_as_float32_does(tmp_path):
     search("digits", tmp_path / "run", "--batch-size", 64, "--epochs", 4, "--mixture-size", 1)
     torch.set_num_threads(2)  # the search had one
-    mixture = search_module.Mixture(bmsn_zoo.SearchSpace("bmsn_resnet20"), 1, 10, 3, seed=0)
+    mixture = Mixture(bmsn_zoo.SearchSpace("bmsn_resnet20"), 1, 10, 3, seed=0)
     mixture.load_state_dict(load_file(tmp_path / "run" / "supernets.safetensors"))
     supernet = mixture.supernets[0].to(memory_format=torch.channels_last)
     some = mixture.space.subset(list(mixture.space)[::3])  # bf16 is slow where it is emulated
@@ -118,7 +119,7 @@ def test_bf16_ranks_a_trained_supernet_as_float32_does(tmp_path):
     accuracy = []
     for kind in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            correct = search_module.count_correct(supernet, some, normalise(pixels, data.mean, data.std), labels)
+            correct = count_correct(supernet, some, normalise(pixels, data.mean, data.std), labels)
         accuracy.append(correct / len(score))
     full, half = accuracy
     assert float(full.max() - full.min()) > 0.1, "nothing to rank"

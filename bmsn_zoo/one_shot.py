@@ -1,0 +1,294 @@
+"""What every one-shot search does around its steps: images, supernets, checkpoints, the evaluation and the result."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+from . import hub, report, runtime
+from .config import SearchConfig
+from .data import (
+    AUGMENT,
+    ORDER,
+    SCORE_ORDER,
+    Augmentation,
+    DataSource,
+    ImageSet,
+    check_batch_size,
+    even_batches,
+    normalise,
+    random_stream,
+    shuffled_batches,
+    stratified_split,
+    to_device,
+)
+from .errors import InputError
+from .evaluate import full_float32
+from .models import PoolingResNet
+from .optimizer import create_optimizer, learning_rate
+from .ranking import build_result, why_undecided
+from .results import SearchDataset, SearchResult
+from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
+from .search_space import SearchSpace
+from .step import Trainer
+from .supernet import Mixture, count_correct
+
+_log = logging.getLogger(__name__)
+_Batch = tuple[Tensor, Tensor]  # images and labels
+
+
+class Role(NamedTuple):
+    """What one of several processes does in an epoch.
+
+    Attributes:
+        owned: the supernets that it trains.
+        shard: its part of every batch that it takes, and how many parts there are.
+        turns: the batches that it takes; others take the rest.
+    """
+
+    owned: range
+    shard: tuple[int, int]
+    turns: slice
+
+    @classmethod
+    def of(cls, config: SearchConfig, accelerator: Accelerator) -> "Role":
+        """Data parallel: all supernets, a shard of every batch. Mixture parallel: some supernets, whole batches."""
+        rank, world = accelerator.process_index, accelerator.num_processes
+        if config.parallel == "mixture":
+            if config.mixture_size % world:
+                raise InputError(f"mixture-size {config.mixture_size} is not a multiple of the {world} processes")
+            each = config.mixture_size // world
+            return cls(range(rank * each, (rank + 1) * each), (0, 1), slice(rank, None, world))
+        check_batch_size(config.batch_size, world)
+        return cls(range(config.mixture_size), (rank, world), slice(None, None, 1))
+
+    def epoch_steps(self, images: int, batch_size: int) -> int:
+        """Steps of an epoch over all processes, each of which takes as many as the others."""
+        steps, turns = images // batch_size, self.turns.step
+        if steps < turns:
+            fix = f" for {turns} processes: use {images // turns} or less" if turns > 1 else ": use less"
+            raise InputError(f"batch-size {batch_size} is too much for the {images} images of a half{fix}")
+        return steps - steps % turns
+
+
+class OneShotSearch:
+    """A one-shot search as one of its processes does it; its kinds, in search.py and relaxed.py, add the steps.
+
+    Attributes:
+        strategy: learns where to downsample; its `report`, `result`, `state_dict` and `load_state_dict` are used here.
+    """
+
+    strategy: Any
+
+    def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
+        self.space = SearchSpace(config.model, config.default_layout)
+        self.role = Role.of(config, accelerator)
+
+        self.source = DataSource(config, torch.get_num_threads())
+        self.space.backbone.check(self.space.default_layout, self.source.image_size)
+        with PartialState().local_main_process_first():
+            self.data = self.source.train()
+        if accelerator.is_main_process:
+            _log.info(self.source.summary())
+        # one half of the training images trains weights, the other scores layouts; the test images stay closed
+        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
+        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
+        self.weight_split, self.score_split = map(self.data.images.near(self.device).select, self.halves)
+        self.epoch_steps = self.role.epoch_steps(min(map(len, self.halves)), config.batch_size)
+
+        # M supernets, each with an optimizer of its own
+        classes = len(self.data.label_names)
+        self.mixture = Mixture(self.space, config.mixture_size, classes, config.in_chans, config.seed)
+        if config.init_from and not folder.epoch:
+            start_from(config.init_from, self.mixture, config)
+        self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
+
+    def _trainer(self, supernet: PoolingResNet) -> Trainer:
+        supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
+        network = self.accelerator.prepare_model(supernet, evaluation_mode=self.role.shard[1] == 1)
+        optimizer = self.accelerator.prepare_optimizer(create_optimizer(supernet, self.config))
+        return Trainer(supernet, network, optimizer)
+
+    def begin(self) -> None:
+        """Write what the run is, when nothing else can be refused, and continue from its checkpoint if it has one."""
+        segment = {**runtime.describe(self.accelerator), "command": sys.argv}
+        self.folder.begin(self.config, segment, self.source.identity(self.data))
+        self.accelerator.wait_for_everyone()
+        self._restore()
+
+    def end_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> None:
+        """Log an epoch and save what continues from it; for `sums` see `_describe_epoch`."""
+        row = self._describe_epoch(epoch, progress, sums, started)
+        if self.accelerator.is_main_process:
+            self.folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
+            self.folder.touch()
+        self._checkpoint(epoch + 1)
+
+    def finish(self) -> None:
+        """Evaluate every layout under every supernet, and write the result."""
+        accuracy_matrix = self._evaluate_all()
+        if self.accelerator.is_main_process:
+            self._write_result(accuracy_matrix)
+        self.accelerator.wait_for_everyone()
+
+    def batches(self, epoch: int) -> Any:
+        """The steps of an epoch that are ours, each with a batch to train on and one to score on, as a progress bar."""
+        steps = self.steps(epoch)
+        title = f"epoch {epoch + 1}/{self.config.epochs}"
+        return runtime.progress_bar(self._batches(epoch, steps), len(steps), title)
+
+    def steps(self, epoch: int) -> range:
+        """Those of an epoch that are ours, counted over all epochs."""
+        return range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)[self.role.turns]
+
+    def progress(self, step: int) -> float:
+        """How far the search is, from 0 at its first step to 1 at its last."""
+        return step / max(1, self.config.epochs * self.epoch_steps - 1)
+
+    def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
+        """The steps with augmented images to train on and plain ones to score on."""
+        config, role, data = self.config, self.role, self.data
+        augment = Augmentation(config.crop_padding, config.flip)
+        rng = random_stream(config.seed, AUGMENT, epoch)
+        crops = augment.draw(self.epoch_steps, config.batch_size, rng, role.shard)[role.turns]
+
+        def in_turn(images: ImageSet, purpose: int) -> Iterator[_Batch]:
+            rng = random_stream(config.seed, purpose, epoch)
+            order = shuffled_batches(len(images), config.batch_size, rng, role.shard)[: self.epoch_steps]
+            return images.batches(order[role.turns], self.device)
+
+        weight, score = in_turn(self.weight_split, ORDER), in_turn(self.score_split, SCORE_ORDER)
+        batches = zip(steps, to_device(crops, self.device), weight, score, strict=True)
+        for step, drawn, (images, labels), (score_images, score_labels) in batches:
+            images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
+            yield step, (images, labels), (score_images, score_labels)
+
+    def _describe_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> dict[str, object]:
+        """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
+        config = self.config
+        totals = torch.tensor(sums, dtype=torch.float32, device=self.device)
+        if self.role.turns.step > 1:  # else every process has seen the same
+            totals = self.accelerator.reduce(totals, "sum")
+        loss, accuracy, *draws = totals.tolist()
+        row: dict[str, object] = {
+            "epoch": epoch + 1,
+            "loss": loss / sum(draws),
+            "score_accuracy": accuracy / sum(draws),
+            "lr": learning_rate(config, self.epoch_steps, (epoch + 1) * self.epoch_steps - 1),
+            **self.strategy.report(progress),
+            "draws": [int(count) for count in draws],
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_mib": _peak_memory_mib(self.device),
+        }
+        if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
+            best = self._evaluate_all().amax(1).tolist()
+            row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
+        if self.accelerator.is_main_process:
+            _log.info("epoch %d/%d: loss %.3f, score accuracy %.2f %%, %.0f s", epoch + 1, config.epochs, row["loss"],
+                      100 * accuracy / sum(draws), row["seconds"])  # fmt: skip
+        return row
+
+    def _evaluate_all(self) -> Tensor:
+        """Accuracy of every layout under every supernet on all score images, float64 (L, M) on the CPU.
+
+        Supernets normalise by batch, so batches are fixed and never shared between processes.
+        """
+        config, data, images, (first, parts) = self.config, self.data, self.score_split, self.role.shard
+        correct = torch.zeros(len(self.space), config.mixture_size, dtype=torch.int64, device=self.device)
+        rng = random_stream(config.seed, SCORE_ORDER)
+        batches = even_batches(len(images), config.eval_batch_size, rng)[first::parts]
+        bar = runtime.progress_bar(images.batches(batches, self.device), len(batches), "evaluating all layouts")
+        with self.accelerator.autocast(), full_float32():
+            for pixels, labels in bar:
+                inputs = normalise(pixels, data.mean, data.std)
+                for m in self.role.owned:
+                    correct[:, m] += count_correct(self.mixture.supernets[m], self.space, inputs, labels)
+        return self.accelerator.reduce(correct, "sum").cpu().double() / len(images)
+
+    def _write_result(self, accuracy_matrix: Tensor) -> None:
+        """Write search.json and what belongs to it."""
+        config, mixture, folder = self.config, self.mixture, self.folder
+        for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
+            load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
+        save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
+        rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
+        save_tensors(folder.path / "split.safetensors", rows)
+        folder.touch()
+        found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans)
+        described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
+        chance = np.bincount(self.score_split.labels.cpu()).max() / score
+        SearchResult(
+            **dict(found),
+            undecided=why_undecided(found, chance, score),
+            **self.strategy.result(),
+            **folder.summary(),
+            recipe=config.recipe,
+            settings=config.settings(),
+            seed=config.seed,
+            epochs=config.epochs,
+            dataset=SearchDataset(**described, weight_images=weight, score_images=score),
+            peak_memory_mib=_peak_memory_mib(self.device),
+        ).write(folder.path / "search.json")
+        report.draw_search(folder.path)
+        folder.finish()
+
+    def _checkpoint(self, epoch: int) -> None:
+        """Save every supernet by a process that owns it, then the strategy, then mark the checkpoint whole."""
+        accelerator, folder = self.accelerator, self.folder
+        if accelerator.is_main_process:
+            folder.new_checkpoint(epoch)
+        accelerator.wait_for_everyone()
+        path = folder.checkpoint(epoch)
+        if self.role.shard[0] == 0:
+            for m, trainer in self.trainers.items():
+                save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_tensors(path / "strategy.safetensors", self.strategy.state_dict())
+            folder.complete_checkpoint(epoch, accelerator)
+        accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Load the checkpoint to continue from, if there is one."""
+        if self.folder.epoch:
+            path = self.folder.checkpoint(self.folder.epoch)
+            self.folder.restore_scaler(self.accelerator)
+            for m, trainer in self.trainers.items():
+                load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+            self.strategy.load_state_dict(load_tensors(path / "strategy.safetensors"))
+
+
+def start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
+    """Give supernets the weights of an earlier search; with other classes than there, classifiers stay fresh."""
+    result, weights = hub.load_supernets(name)
+    for key, there, here in (
+        ("model", result.model, config.model),
+        ("mixture-size", result.mixture_size, config.mixture_size),
+        ("in-chans", result.dataset.in_chans, config.in_chans),
+    ):
+        if there != here:
+            raise InputError(f"init-from {name} was searched with {key} {there}, not {here}: give --{key} {there}")
+    own = mixture.state_dict()
+    if len(result.dataset.label_names) != mixture.supernets[0].num_classes:
+        weights = {**weights, **{key: tensor for key, tensor in own.items() if ".fc." in key}}
+    try:
+        mixture.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"init-from {name}: its supernets do not have the weights of {config.model}") from None
+
+
+def _peak_memory_mib(device: torch.device) -> int | None:
+    """Of the GPU, or of this process without what its launcher held; None where neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10 if status.exists() else None
