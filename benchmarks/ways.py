@@ -94,7 +94,7 @@ class Ways:
     def steps(self, way: Way, count: int, layout: Layout | None = None) -> float:
         """Seconds of a search step, the mean over some; of one layout if it is given."""
         mixture, optimizers = self.mixture(way)
-        strategy = create_strategy(len(self.space), self.config)
+        strategy = create_strategy(self.space, self.config)
         size = self.config.batch_size
         orders = [
             (shuffled_batches(len(images), size, random_stream(0, purpose)) * count)[:count]

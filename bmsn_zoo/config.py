@@ -135,7 +135,16 @@ class SearchConfig(DataConfig):
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
     )
-    strategy: str = setting("balanced", "how a step draws its layout and its supernet")
+    strategy: str = setting("balanced", "who is trained next: balanced, uniform, fixed, boltzmann or mcts")
+    draws: str = setting(
+        "random",
+        "layouts that are drawn uniformly: random, or permutation, every layout once before any again",
+        choices=("random", "permutation"),
+    )
+    uniform_share: float = setting(0.4, "boltzmann, mcts: share of the search that draws uniformly first", 0, 1)
+    exploration: float = setting(0.5, "mcts: weight of what was seldom visited against what scored well", 0, 1e4)
+    mcts_momentum: float = setting(0.95, "mcts: share of a node's old value kept at an update", 0, 1)
+    mcts_temperature: float = setting(0.0, "mcts: 0 visits the best child, more draws from a softmax over this", 0, 1e4)
     mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search", 1, 1024)
     epochs: int = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)

@@ -223,7 +223,8 @@ class OneShotSearch:
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
         folder.touch()
-        found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans)
+        own = getattr(self.strategy, "own", None)  # what learns otherwise than by draws has none
+        found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans, own)
         described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
         chance = np.bincount(self.score_split.labels.cpu()).max() / score
         SearchResult(

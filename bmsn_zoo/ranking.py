@@ -1,15 +1,19 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
+from collections.abc import Sequence
 from math import comb, sqrt
 from statistics import NormalDist
 
+import torch
 from torch import Tensor
 
 from .results import Entry, Ranking, rank
 from .search_space import SearchSpace
 
 
-def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans: int) -> Ranking:
+def build_result(
+    space: SearchSpace, accuracy: Tensor, image_size: int, in_chans: int, own: Sequence[int] | None = None
+) -> Ranking:
     """Ranking, accuracies, the best layouts and the Pareto front.
 
     A layout's accuracy is its best over the supernets (paper, section 3.2); with equal accuracy the cheaper layout
@@ -19,8 +23,10 @@ def build_result(space: SearchSpace, accuracy: Tensor, image_size: int, in_chans
         accuracy: score-split accuracy of every layout under every supernet, fractions, (L, M).
         image_size: side of the images in pixels, for the multiply-accumulates.
         in_chans: channels of the images.
+        own: the supernet that alone says how good each layout is; the best of all says so if None.
     """
-    best, supernet = accuracy.max(1)
+    supernet = accuracy.argmax(1) if own is None else torch.tensor(own)
+    best = accuracy[torch.arange(len(space)), supernet]
     entries = [
         Entry(
             layout=str(layout),

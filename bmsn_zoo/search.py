@@ -49,7 +49,7 @@ class _Search(OneShotSearch):
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         super().__init__(config, folder, accelerator)
-        self.strategy = create_strategy(len(self.space), config)
+        self.strategy = create_strategy(self.space, config)
         self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")

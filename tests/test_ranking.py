@@ -31,6 +31,16 @@ def test_layouts_are_ranked_by_their_best_supernet():
     assert result.default.layout == "4-3-3"
 
 
+def test_a_layout_may_be_ranked_by_its_own_supernet_alone():
+    accuracy, own = torch.rand(36, 3, dtype=torch.float64), [layout % 3 for layout in range(36)]
+    result = build_result(SPACE, accuracy, 32, 3, own)
+    assert Ranking.model_validate_json(result.model_dump_json()) == result
+    for entry in result.ranking:
+        layout = SPACE.index(entry.layout)
+        assert (entry.supernet, entry.accuracy) == (own[layout], accuracy[layout, own[layout]])
+    assert result.accuracy_matrix == accuracy.tolist()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_best_within_the_cost_of_the_default(seed):
     accuracy = torch.rand(36, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Who is trained next: the balanced mixture, and strategies of one's own."""
+"""Who is trained next: the balanced mixture, what it is compared with, and strategies of one's own."""
 
 import json
 
@@ -7,17 +7,19 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from bmsn_zoo import search
+from bmsn_zoo import InputError, SearchSpace, search
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.results import SearchResult
-from bmsn_zoo.strategies import STRATEGIES, BalancedMixture, Draw
+from bmsn_zoo.run_folder import RunFolder
+from bmsn_zoo.strategies import STRATEGIES, BalancedMixture, Draw, create_strategy
 
 ALL = range(4)
+SPACE = SearchSpace("bmsn_resnet20")
 
 
 def strategy(layouts=6, supernets=4, seed=0, max_sharpness=20.0, random_scores=True):
     config = SearchConfig(mixture_size=supernets, max_sharpness=max_sharpness, score_momentum=0.9, seed=seed)
-    made = BalancedMixture(layouts, config)
+    made = BalancedMixture(SPACE.subset(list(SPACE)[:layouts]), config)
     if random_scores:
         made.scores.copy_(torch.rand(layouts, supernets, generator=torch.Generator().manual_seed(1)))
     return made
@@ -158,10 +160,11 @@ def test_owners_exchange_what_they_learned():
 class Alternating:
     """A strategy of one's own: layouts and supernets in turn, every supernet scored."""
 
-    scores_all = True
+    scores_all, own = True, None
 
-    def __init__(self, num_layouts, config):
-        self.sizes, self.seen = (num_layouts, config.mixture_size), torch.zeros(num_layouts, config.mixture_size)
+    def __init__(self, space, config):
+        self.sizes = len(space), config.mixture_size
+        self.seen = torch.zeros(self.sizes)
 
     def draw(self, step, progress, owned):
         return Draw(step % self.sizes[0], owned[step % len(owned)])
@@ -196,4 +199,243 @@ def test_a_strategy_of_ones_own_is_a_line_in_the_registry(image_folder, tmp_path
     assert [row.index(1) for row in result.scores[:4]] == [0, 1, 0, 1]
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["seen"] == 4
     assert search.main([*settings, "mine", "--output", str(tmp_path / "no")]) == 2
-    assert "strategy 'mine' is unknown: use balanced or alternating" in capsys.readouterr().err
+    assert "strategy 'mine' is unknown: use balanced, " in capsys.readouterr().err
+
+
+# what the balanced mixture is compared with
+
+
+def made_of(name, space=SPACE, **settings):
+    return create_strategy(space, SearchConfig(strategy=name, **{"mixture_size": 1, **settings}))
+
+
+def play(made, steps, reward=lambda draw: 0.5, start=0, of=None, owned=None):
+    """Draws of a strategy that learns a reward for each."""
+    drawn, owned = [], range(made.config.mixture_size) if owned is None else owned
+    for step in range(start, start + steps):
+        drawn.append(made.draw(step, step / (of or steps), owned))
+        made.update(drawn[-1], [reward(drawn[-1])])
+    return drawn
+
+
+def table_of(draws, supernets=1):
+    table = np.zeros((len(SPACE), supernets))
+    np.add.at(table, tuple(np.transpose(draws)), 1)
+    return table
+
+
+def uneven(draw):
+    """A reward that tells all layouts apart."""
+    return (draw.layout * 7 % 36) / 40
+
+
+def cold(made):
+    made.sharpness = lambda progress: 0.0
+    return made
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: made_of("uniform"),
+        lambda: made_of("uniform", mixture_size=3),
+        lambda: made_of("fixed"),
+        lambda: made_of("balanced"),
+        lambda: made_of("mcts", uniform_share=1),
+        lambda: made_of("boltzmann", uniform_share=1),
+        lambda: cold(made_of("boltzmann", uniform_share=0)),
+        lambda: cold(made_of("boltzmann", uniform_share=0, mixture_size=3)),
+    ],
+)
+def test_what_is_to_draw_uniformly_does(made):
+    supernets = made().config.mixture_size
+    assert agrees(table_of(play(made(), 4000, uneven), supernets), np.ones((36, supernets)))
+
+
+@pytest.mark.parametrize(
+    ("name", "supernets"),
+    [("uniform", 1), ("uniform", 3), ("uniform", 4), ("uniform", 5), ("fixed", 4), ("balanced", 1), ("balanced", 4)],
+)
+def test_in_rounds_no_layout_is_more_than_one_draw_ahead(name, supernets):
+    made, table = made_of(name, mixture_size=supernets, draws="permutation", seed=5), np.zeros((36, supernets))
+    orders = set()
+    for step, draw in enumerate(play(made, 36 * 7, uneven)):
+        table[draw] += 1
+        orders.add((step % 36, draw.layout))
+        assert np.ptp(table.sum(1)) <= 1
+        if name == "uniform":
+            assert np.ptp(table) <= 1, "nor under one supernet"
+    assert len(orders) > 36 * 4, "every round has an order of its own"
+    if name != "balanced":
+        assert np.ptp(table.sum(0)) <= 7
+
+
+@pytest.mark.parametrize("name", ["uniform", "fixed"])
+def test_owners_of_some_supernets_go_through_rounds_of_their_own(name):
+    for first in (0, 1):
+        made, owned = made_of(name, mixture_size=4, draws="permutation"), range(2 * first, 2 * first + 2)
+        draws = [made.draw(step, 0, owned) for step in range(first, 36 * 3, 2)]
+        table = table_of(draws, 4)
+        mine = table.sum(1) > 0 if name == "fixed" else np.full(36, True)
+        assert mine.sum() == (18 if name == "fixed" else 36)
+        assert table[:, [m for m in ALL if m not in owned]].sum() == 0
+        assert np.ptp(table[mine].sum(1)) <= 1
+
+
+def test_rounds_of_a_balanced_mixture_need_all_supernets():
+    with pytest.raises(InputError, match="draws permutation needs all supernets in one process: use --parallel data"):
+        made_of("balanced", mixture_size=4, draws="permutation", parallel="mixture")
+
+
+@pytest.mark.parametrize("supernets", [1, 4, 5])
+def test_a_fixed_assignment_deals_layouts_evenly_and_ranks_by_it(supernets):
+    made = made_of("fixed", mixture_size=supernets)
+    assert all(draw.supernet == made.own[draw.layout] for draw in play(made, 300))
+    sizes = np.bincount(made.own)
+    assert len(sizes) == supernets and np.ptp(sizes) <= 1
+    assert np.argmax(made.result()["assignment_matrix"], 1).tolist() == made.own
+    assert supernets == 1 or made.own != made_of("fixed", mixture_size=supernets, seed=1).own
+    with pytest.raises(InputError, match="mixture-size 40 leaves supernets without any of 36 layouts"):
+        made_of("fixed", mixture_size=40)
+
+
+def test_boltzmann_learns_and_decides():
+    made = made_of("boltzmann", seed=1)
+    draws = play(made, 3000, uneven)
+    best = max(range(36), key=lambda layout: uneven(Draw(layout, 0)))
+    late = table_of(draws[-500:])[:, 0]
+    assert late.argmax() == best and late[best] > 250
+    assert agrees(table_of(draws[:1200]), np.ones((36, 1))), "the first two fifths are uniform"
+    assert made.result()["details"]["highest_score"] == [str(SPACE[best])]
+    assert [made.sharpness(progress) for progress in (0, 0.4, 0.7, 1)] == pytest.approx([1, 1, 50.5, 100])
+    scores = made.state["scores"][:, 0]
+    assert np.allclose(
+        scores[best], uneven(Draw(best, 0)) + 0.9 ** made.state["draws"][best, 0] * (1 - 0.875), atol=1e-9
+    )
+
+
+def sums_agree(made):
+    visits = made.state["visits"]
+    for parent, below in made.children.items():
+        assert torch.equal(visits[parent], visits[below].sum(0))
+    assert visits[0].sum() == made.state["draws"].sum()
+    leaves = [path[-1] for path in made.paths]
+    assert torch.equal(visits[leaves], made.state["draws"])
+
+
+@pytest.mark.parametrize("supernets", [1, 3])
+def test_visits_of_a_node_are_those_of_its_children(supernets):
+    made = made_of("mcts", mixture_size=supernets)
+    play(made, 400, uneven)
+    sums_agree(made)
+    assert made.state["visits"][0].min() > 0
+
+
+def test_the_tree_has_the_nodes_of_every_cut():
+    nodes = [len(made_of("mcts", SearchSpace(name)).state["visits"]) for name in ("bmsn_resnet20", "bmsn_resnet18")]
+    assert nodes == [1 + 8 + 36, 1 + 6 + 21 + 56]
+    mixed = made_of("mcts", SPACE.subset(["10", "8-2", "8-1-1", "1-9", "4-3-3"]), uniform_share=0)
+    assert sorted(mixed.leaves.values()) == list(range(5))
+    play(mixed, 50)
+    sums_agree(mixed)
+    assert (mixed.state["draws"] > 0).all()
+
+
+def test_equal_rewards_visit_siblings_evenly():
+    made = made_of("mcts", uniform_share=0)
+    play(made, 500, lambda draw: 0.8)
+    for below in made.children.values():
+        assert np.ptp(made.state["visits"][below].numpy()) <= 1
+
+
+def test_without_exploration_one_leaf_is_repeated():
+    made = made_of("mcts", uniform_share=0, exploration=0)
+    draws = play(made, 200, uneven)
+    assert len(set(draws[-120:])) == 1
+    assert made.result()["details"]["greedy_leaf"] == [str(SPACE[draws[-1].layout])]
+    explored = play(made_of("mcts", uniform_share=0, mcts_temperature=5), 200, uneven)
+    assert len(set(explored[-120:])) > 20
+
+
+def test_tree_search_prefers_what_scores_well_and_smooths():
+    def near(draw):
+        first, second, _ = SPACE[draw.layout].units_per_scale
+        return 0.9 - 0.05 * abs(first - 5) - 0.05 * abs(second - 3)
+
+    made = made_of("mcts", exploration=0.1)
+    draws = play(made, 1500, near)
+    assert str(SPACE[int(table_of(draws[600:])[:, 0].argmax())]) == "5-3-2"
+    assert made.result()["details"]["greedy_leaf"] == ["5-3-2"]
+    fresh = made_of("mcts")
+    for reward in (0.6, 0.2):
+        fresh.update(Draw(3, 0), [reward])
+    assert fresh.state["values"][fresh.paths[3], 0].tolist() == pytest.approx([0.95 * 0.6 + 0.05 * 0.2] * 3)
+
+
+@pytest.mark.parametrize("draws", ["random", "permutation"])
+@pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts"])
+def test_any_strategy_goes_on_bit_for_bit(name, draws):
+    settings = {"mixture_size": 3, "draws": draws, "seed": 7}
+    made, again = made_of(name, **settings), made_of(name, **settings)
+    play(made, 250, uneven, of=400)
+    state = made.state_dict()
+    again.load_state_dict(state)
+    made.report(0.5), made.result()
+    assert play(again, 150, uneven, start=250, of=400) == play(made, 150, uneven, start=250, of=400)
+    assert made.result() == again.result()
+    assert not torch.equal(state["draws"], made.state["draws"]), "the state is a copy"
+    with pytest.raises(ValueError, match="a state of shape"):
+        made_of(name, mixture_size=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts"])
+def test_owners_of_any_strategy_exchange_what_they_learned(name):
+    made, owners = [made_of(name, mixture_size=4) for _ in range(2)], (range(2), range(2, 4))
+    for each, owned in zip(made, owners, strict=True):
+        draws = play(each, 200, uneven, start=owned.start * 50, of=400, owned=owned)
+        assert {draw.supernet for draw in draws} == set(owned)
+    columns = [each.state_dict() for each in made]
+    for each, owned in zip(made, owners, strict=True):
+        rows = (torch.cat([columns[0][key][:, :2].T, columns[1][key][:, 2:].T]) for key in each.state)
+        each.exchange(owned, lambda mine, owned=owned, rows=rows: (whole := next(rows), mine[0] == whole[owned][0])[0])
+    assert made[0].result() == made[1].result()
+    assert all(torch.equal(made[0].state[key], made[1].state[key]) for key in made[0].state)
+
+
+@pytest.mark.parametrize(
+    "strategy", [["uniform", "--draws", "permutation"], ["fixed"], ["boltzmann"], ["mcts"]], ids=lambda words: words[0]
+)
+def test_a_search_by_any_strategy_that_was_killed_goes_on_bit_for_bit(strategy, image_folder, tmp_path, monkeypatch):
+    settings = ["--dataset", str(image_folder), "--batch-size", "4", "--mixture-size", "2", "--epochs", "2"]
+    settings += [
+        "--mixed-precision",
+        "no",
+        "--default-layout",
+        "5-5",
+        "--uniform-share",
+        "0.3",
+        "--strategy",
+        *strategy,
+    ]
+    monkeypatch.setattr("bmsn_zoo.report.draw_search", lambda folder: None)  # other tests draw
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert search.main([*settings, "--output", str(whole)]) == 0
+    log = RunFolder.log
+
+    def die(folder, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        log(folder, row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "log", die)
+        search.main([*settings, "--output", str(killed)])
+    assert search.main(["--output", str(killed), "--resume"]) == 0
+    one, other = (SearchResult.read(folder / "search.json") for folder in (whole, killed))
+    for key in ("ranking", "accuracy_matrix", "assignment_matrix", "scores", "details", "spent_macs"):
+        assert getattr(one, key) == getattr(other, key)
+    assert (whole / "supernets.safetensors").read_bytes() == (killed / "supernets.safetensors").read_bytes()
+    assert sum(map(sum, one.details["draws"])) == 16
+    if strategy[0] == "fixed":
+        own = [row.index(1) for row in one.assignment_matrix]
+        assert all(entry.supernet == own[one.layouts.index(entry.layout)] for entry in one.ranking)

@@ -1,30 +1,39 @@
 """Who is trained next: how a search step draws its layout and supernet, and learns from what follows.
 
-A strategy is a file of its own here and a line in `STRATEGIES`; it has the methods of `Strategy` and is created with
-the number of layouts and the settings of the search.
+A strategy is a file of its own here and a line in `STRATEGIES`; it is what `Strategy` asks for and is created with the
+layouts and the settings of the search.
 """
 
 from collections.abc import Callable
 
 from ..config import SearchConfig
 from ..errors import InputError
+from ..search_space import SearchSpace
 from .balanced import BalancedMixture
+from .boltzmann import Boltzmann
+from .fixed import Fixed
+from .mcts import TreeSearch
 from .protocol import Draw, Strategy
+from .uniform import Uniform
 
-STRATEGIES: dict[str, Callable[[int, SearchConfig], Strategy]] = {
+STRATEGIES: dict[str, Callable[[SearchSpace, SearchConfig], Strategy]] = {
     "balanced": BalancedMixture,
+    "uniform": Uniform,
+    "fixed": Fixed,
+    "boltzmann": Boltzmann,
+    "mcts": TreeSearch,
 }
 
 
-def create_strategy(num_layouts: int, config: SearchConfig) -> Strategy:
+def create_strategy(space: SearchSpace, config: SearchConfig) -> Strategy:
     """The strategy that a config names.
 
     Raises:
         InputError: if there is none of this name.
     """
     if config.strategy not in STRATEGIES:
-        raise InputError(f"strategy {config.strategy!r} is unknown: use {' or '.join(STRATEGIES)}")
-    return STRATEGIES[config.strategy](num_layouts, config)
+        raise InputError(f"strategy {config.strategy!r} is unknown: use {', '.join(STRATEGIES)}")
+    return STRATEGIES[config.strategy](space, config)
 
 
 __all__ = ["STRATEGIES", "BalancedMixture", "Draw", "Strategy", "create_strategy"]

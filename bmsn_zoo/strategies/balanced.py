@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..assignment import assign, update_score, usage
 from ..config import SearchConfig
+from ..errors import InputError
+from ..search_space import SearchSpace
 from .protocol import Draw
+from .uniform import step_rng, uniform_index
 
 
 class BalancedMixture:
@@ -18,7 +21,7 @@ class BalancedMixture:
     With one supernet this is plain single-path one-shot search.
 
     Args:
-        num_layouts: L.
+        space: of L layouts.
         config: `mixture_size` M, `seed`, `score_momentum`, and `max_sharpness`, to which the sharpness grows.
 
     Attributes:
@@ -26,10 +29,13 @@ class BalancedMixture:
     """
 
     scores_all = False
+    own: Sequence[int] | None = None
 
-    def __init__(self, num_layouts: int, config: SearchConfig) -> None:
-        self.scores = torch.ones(num_layouts, config.mixture_size, dtype=torch.float64)
+    def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
+        self.scores = torch.ones(len(space), config.mixture_size, dtype=torch.float64)
         self.config = config
+        if config.draws == "permutation" and config.parallel == "mixture":
+            raise InputError("draws permutation needs all supernets in one process: use --parallel data")
         # of the last draw: from one step to the next it hardly changes, so balancing starts where it ended
         self._offset = torch.zeros(config.mixture_size, dtype=torch.float64)
 
@@ -47,11 +53,11 @@ class BalancedMixture:
         A process that owns only some supernets draws one of them uniformly, which balance makes exact, then the
         layout from p(layout | supernet).
         """
-        rng = np.random.default_rng((self.config.seed, step, 2))  # no stream of data.random_stream ends so
+        rng = step_rng(self.config, step)
         assignment = assign(self.scores, self.sharpness(progress), offset=self._offset).numpy()
         num_layouts, mixture_size = assignment.shape
         if len(owned) == mixture_size:
-            layout = int(rng.integers(num_layouts))
+            layout = uniform_index(self.config, num_layouts, step, rng)
             return Draw(layout, _pick(rng, assignment[layout]))
         supernet = owned[int(rng.integers(len(owned)))]
         return Draw(_pick(rng, assignment[:, supernet]), supernet)

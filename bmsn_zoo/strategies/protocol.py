@@ -18,9 +18,11 @@ class Strategy(Protocol):
 
     Attributes:
         scores_all: whether every supernet is scored with the drawn layout, on the same images, not the drawn one alone.
+        own: the supernet that alone says in the end how good each layout is; None if that is the best of all.
     """
 
     scores_all: bool
+    own: Sequence[int] | None
 
     def draw(self, step: int, progress: float, owned: range) -> Draw:
         """The layout and supernet of a step; `progress` runs from 0 to 1 over the search, `owned` limits supernets."""
