@@ -77,7 +77,9 @@ def command(site, tmp_path, monkeypatch):
 def test_the_wheel_holds_every_module_recipe_and_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {
-        file.relative_to(ROOT).as_posix() for file in (ROOT / "bmsn_zoo").rglob("*.*") if file.suffix in (".py", ".j2")
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "bmsn_zoo").rglob("*.*")
+        if file.suffix in (".py", ".j2") or file.name == "py.typed"
     }
     data = {
         f"bmsn_zoo/{file.relative_to(ROOT).as_posix()}"

@@ -120,7 +120,7 @@ def open_image(value: dict[str, Any] | None, likely: str | None = None) -> Image
 
 
 @dataclass
-class RowReader(Dataset):
+class RowReader(Dataset[Any]):
     """Rows of a split as pixels; an unreadable image comes back as the text of its error.
 
     Attributes:
