@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -88,7 +88,7 @@ class DataConfig(BaseModel):
             raise ValueError(f"{brief(value)} is too small: it must be at least {low}")
         if value is not None and high is not None and value > high:
             raise ValueError(f"{brief(value)} is too large: it must be at most {high}")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"{brief(value)} is unknown: use {_options(choices)}")
         return value
 
@@ -135,7 +135,10 @@ class SearchConfig(DataConfig):
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
     )
-    strategy: str = setting("balanced", "who is trained next: balanced, uniform, fixed, boltzmann or mcts")
+    strategy: str = setting(
+        "balanced",
+        "who is trained next: balanced, uniform, fixed, boltzmann, mcts, unshared; or relaxed: darts, gaea",
+    )
     draws: str = setting(
         "random",
         "layouts that are drawn uniformly: random, or permutation, every layout once before any again",
@@ -145,6 +148,18 @@ class SearchConfig(DataConfig):
     exploration: float = setting(0.5, "mcts: weight of what was seldom visited against what scored well", 0, 1e4)
     mcts_momentum: float = setting(0.95, "mcts: share of a node's old value kept at an update", 0, 1)
     mcts_temperature: float = setting(0.0, "mcts: 0 visits the best child, more draws from a softmax over this", 0, 1e4)
+    alpha_lr: float | None = setting(
+        None,
+        "darts, gaea: learning rate of what resolutions are mixed by; 0.01 for darts (Adam, as its authors for pooling "
+        "have it), 0.1 for gaea (exponentiated gradient)",
+        0,
+    )
+    sharing: str | None = setting(
+        None,
+        "weights of a unit: shared by all its resolutions, or a set for each of them, which start with the same values "
+        "or at random; they are shared if not given, and by unshared at random",
+        choices=("shared", "same", "random"),
+    )
     mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search", 1, 1024)
     epochs: int = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
@@ -168,6 +183,11 @@ class SearchConfig(DataConfig):
         "several processes: data shards every batch, mixture gives each process its own supernets",
         choices=("data", "mixture"),
     )
+
+
+def sharing_of(settings: Mapping[str, Any]) -> str:
+    """How a search with these settings shares weights among resolutions, see its setting `sharing`."""
+    return settings.get("sharing") or ("random" if settings.get("strategy") == "unshared" else "shared")
 
 
 class TrainConfig(DataConfig):

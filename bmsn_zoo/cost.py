@@ -45,6 +45,19 @@ def tree_macs(space: "SearchSpace", image_size: int, in_chans: int = 3) -> int:
     return sum(tree.values())
 
 
+def relaxed_macs(backbone: "Backbone", levels: int, image_size: int, in_chans: int = 3) -> int:
+    """Multiply-accumulates for one square image where all units but the first work at `levels` resolutions, from maps
+    of full size, which relaxed searches do."""
+    shape, total = torch.Size((2, in_chans, image_size, image_size)), 0
+    for unit in range(backbone.num_units):
+        two, channels, side, _ = shape
+        for level in reversed(range(levels if unit else 1)):  # full size last: the next unit begins with what it makes
+            smaller = torch.Size((two, channels, side >> level, side >> level))
+            count, shape = _row(backbone, in_chans, unit, smaller, False)
+            total += count
+    return total
+
+
 @cache
 def _row(backbone: "Backbone", in_chans: int, unit: int, shape: torch.Size, downsample: bool) -> tuple[int, torch.Size]:
     """Multiply-accumulates of one unit for each of two maps of this shape, and the shape of what it makes of them."""

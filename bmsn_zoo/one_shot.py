@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from torch import Tensor
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from torch import Tensor, nn
 
 from . import hub, report, runtime
-from .config import SearchConfig
+from .config import SearchConfig, sharing_of
 from .data import (
     AUGMENT,
     ORDER,
@@ -34,7 +34,7 @@ from .evaluate import full_float32
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
 from .ranking import build_result, why_undecided
-from .results import SearchDataset, SearchResult
+from .results import Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
 from .search_space import SearchSpace
 from .step import Trainer
@@ -106,7 +106,13 @@ class OneShotSearch:
 
         # M supernets, each with an optimizer of its own
         classes = len(self.data.label_names)
-        self.mixture = Mixture(self.space, config.mixture_size, classes, config.in_chans, config.seed)
+        sharing = sharing_of(config.settings())
+        if sharing == "shared":
+            if config.strategy == "unshared":
+                raise InputError("sharing shared is not what strategy unshared does: use --strategy uniform")
+        else:  # steps use some of the weights, and the wrapper must not wait for the gradients of others
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.mixture = Mixture(self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing)
         if config.init_from and not folder.epoch:
             start_from(config.init_from, self.mixture, config)
         self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
@@ -114,9 +120,19 @@ class OneShotSearch:
     def _trainer(self, supernet: PoolingResNet) -> Trainer:
         supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
-        network = self.accelerator.prepare_model(supernet, evaluation_mode=self.role.shard[1] == 1)
+        network = self.accelerator.prepare_model(self.wrap(supernet), evaluation_mode=self.role.shard[1] == 1)
         optimizer = self.accelerator.prepare_optimizer(create_optimizer(supernet, self.config))
         return Trainer(supernet, network, optimizer)
+
+    def wrap(self, supernet: PoolingResNet) -> nn.Module:
+        """The supernet as its training steps run it."""
+        return supernet
+
+    def rank(self, accuracy_matrix: Tensor) -> Ranking:
+        """All layouts by their accuracy, (L, M)."""
+        return build_result(
+            self.space, accuracy_matrix, self.source.image_size, self.config.in_chans, self.strategy.own
+        )
 
     def begin(self) -> None:
         """Write what the run is, when nothing else can be refused, and continue from its checkpoint if it has one."""
@@ -223,8 +239,7 @@ class OneShotSearch:
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
         folder.touch()
-        own = getattr(self.strategy, "own", None)  # what learns otherwise than by draws has none
-        found = build_result(self.space, accuracy_matrix, self.source.image_size, config.in_chans, own)
+        found = self.rank(accuracy_matrix)
         described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
         chance = np.bincount(self.score_split.labels.cpu()).max() / score
         SearchResult(
@@ -278,6 +293,9 @@ def start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
     ):
         if there != here:
             raise InputError(f"init-from {name} was searched with {key} {there}, not {here}: give --{key} {there}")
+    there, here = (sharing_of(settings) for settings in (result.settings, config.settings()))
+    if (there == "shared") != (here == "shared"):
+        raise InputError(f"init-from {name} was searched with sharing {there}, not {here}: give --sharing {there}")
     own = mixture.state_dict()
     if len(result.dataset.label_names) != mixture.supernets[0].num_classes:
         weights = {**weights, **{key: tensor for key, tensor in own.items() if ".fc." in key}}

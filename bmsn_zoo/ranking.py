@@ -12,7 +12,12 @@ from .search_space import SearchSpace
 
 
 def build_result(
-    space: SearchSpace, accuracy: Tensor, image_size: int, in_chans: int, own: Sequence[int] | None = None
+    space: SearchSpace,
+    accuracy: Tensor,
+    image_size: int,
+    in_chans: int,
+    own: Sequence[int] | None = None,
+    probability: Sequence[float] | None = None,
 ) -> Ranking:
     """Ranking, accuracies, the best layouts and the Pareto front.
 
@@ -24,6 +29,7 @@ def build_result(
         image_size: side of the images in pixels, for the multiply-accumulates.
         in_chans: channels of the images.
         own: the supernet that alone says how good each layout is; the best of all says so if None.
+        probability: of every layout, (L,), what to rank by instead.
     """
     supernet = accuracy.argmax(1) if own is None else torch.tensor(own)
     best = accuracy[torch.arange(len(space)), supernet]
@@ -36,12 +42,15 @@ def build_result(
         )
         for index, layout in enumerate(space)
     ]
+    layouts = [str(layout) for layout in space]
+    values = None if probability is None else dict(zip(layouts, probability, strict=True))
     return Ranking(
         model=space.name,
         mixture_size=accuracy.shape[1],
-        **rank(entries, str(space.default_layout)),
-        layouts=[str(layout) for layout in space],
+        **rank(entries, str(space.default_layout), values),
+        layouts=layouts,
         accuracy_matrix=accuracy.tolist(),
+        probability=None if probability is None else list(probability),
     )
 
 
@@ -50,7 +59,8 @@ def why_undecided(found: Ranking, chance: float, images: int) -> str | None:
 
     An accuracy a on n images has a variance of a (1 - a) / n. The best one must exceed chance by more than z standard
     errors of chance, and the worst one by more than z of their difference. z is the one-sided normal quantile of 5 %
-    over the number of comparisons that it was picked from: L x M accuracies, L (L - 1) / 2 pairs of layouts.
+    over the number of comparisons that it was picked from: L x M accuracies, L (L - 1) / 2 pairs of layouts. Where
+    probabilities rank the layouts, the first must be more probable than the second, beyond rounding.
 
     Args:
         found: what was ranked.
@@ -62,6 +72,9 @@ def why_undecided(found: Ranking, chance: float, images: int) -> str | None:
         return high - low > NormalDist().inv_cdf(1 - 0.05 / max(1, comparisons)) * sqrt(variance / images)
 
     best, worst, layouts = found.ranking[0], found.ranking[-1], len(found.ranking)
+    if found.probability is not None:
+        equal = [layout for layout, p in found.values.items() if p >= (1 - 1e-6) * found.values[best.layout]]
+        return f"{' and '.join(equal[:2])} are equally probable" if len(equal) > 1 else None
     high, low = best.accuracy, worst.accuracy
     reached = f"{best.layout} with {100 * high:.2f} %"
     if not told_apart(high, chance, chance * (1 - chance), layouts * found.mixture_size):

@@ -183,7 +183,7 @@ def print_search(folder: Path, command: str = "accelerate launch -m bmsn_zoo.") 
         retrain = f"no winner: {result.undecided}: keep the default {default}\ntrain the default:    "
     script = ".py" if not command.rstrip().endswith(".") else ""
     sys.stdout.write(
-        f"{len(result.layouts)} layouts, ranked by score-split accuracy (n = 1 search):\n"
+        f"{len(result.layouts)} layouts, ranked by {result.ranked_by} (n = 1 search):\n"
         f"{search_table(result)}\n"
         f"results and pictures: {folder}\n"
         f"{retrain}{command}train{script} --from-search {shlex.quote(str(folder))}\n"

@@ -1,7 +1,7 @@
 """What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -195,9 +195,17 @@ def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
     return front
 
 
-def rank(entries: Iterable[Entry], default: str | None) -> dict[str, Any]:
-    """The entries of a search as `Ranking` holds them, those that have a name among it."""
-    ranking = sorted(entries, key=lambda entry: (-entry.accuracy, entry.macs, entry.layout))
+def rank(entries: Iterable[Entry], default: str | None, values: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The entries of a search as `Ranking` holds them, those that have a name among it.
+
+    Args:
+        values: of every layout, to rank by instead of accuracies; higher is better.
+    """
+
+    def place(entry: Entry) -> tuple[float, int, str]:
+        return -(values[entry.layout] if values else entry.accuracy), entry.macs, entry.layout
+
+    ranking = sorted(entries, key=place)
     usual = next((entry for entry in ranking if entry.layout == default), None)
     within = next((entry for entry in ranking if usual and entry.macs <= usual.macs), None)
     named = {"default": usual, "best": ranking[0], "best_within_default_macs": within}
@@ -212,6 +220,7 @@ class Ranking(Record):
         pareto_front: those that none beats in both accuracy and multiply-accumulates, cheapest first.
         layouts: the search space in its order, that of the matrices' rows; the default need not be among them.
         accuracy_matrix: on the score split, fractions, (L, M).
+        probability: of each layout among all, (L,), where that ranks them instead of accuracies (relaxed searches).
     """
 
     model: str
@@ -223,6 +232,7 @@ class Ranking(Record):
     ranking: Annotated[list[Entry], FailFast()]
     layouts: Annotated[list[LayoutText], FailFast()]
     accuracy_matrix: Matrix
+    probability: Annotated[list[Share] | None, FailFast()] = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -238,10 +248,25 @@ class Ranking(Record):
             row = rows[entry.layout]
             if not (entry.supernet < len(row) and entry.accuracy == row[entry.supernet]):
                 raise ValueError(f"it ranks {entry.layout} by another accuracy than it holds")
-        for name, value in rank(self.ranking, self.default.layout if self.default else None).items():
+        if self.probability is not None and len(self.probability) != len(space):
+            raise ValueError(f"its probabilities are not of {len(space)} layouts")
+        values = self.values if self.probability else None
+        for name, value in rank(self.ranking, self.default.layout if self.default else None, values).items():
             if getattr(self, name) != value:
-                raise ValueError(f"its {name} is not what its accuracies say")
+                raise ValueError(f"its {name} is not what its {self.ranked_by} says")
         return self
+
+    @property
+    def ranked_by(self) -> str:
+        """What `values` are."""
+        return "score-split accuracy" if self.probability is None else "probability, accuracy aside"
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What the layouts are ranked by, a fraction for each."""
+        if self.probability is None:
+            return {entry.layout: entry.accuracy for entry in self.ranking}
+        return dict(zip(self.layouts, self.probability, strict=True))
 
     def pick(self, choice: str) -> Entry:
         """An entry by its name (see `CHOICES`) or its layout.

@@ -14,6 +14,7 @@ from .config import SearchConfig, load_recipe
 from .errors import InputError
 from .one_shot import OneShotSearch
 from .optimizer import learning_rate, set_learning_rate
+from .relaxed import RELAXED, RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config
 from .step import Lag, check_finite, train_and_score
 from .strategies import Draw, Strategy, create_strategy
@@ -38,7 +39,8 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("search", output, resume) as folder:
-        _Search(config, folder, accelerator).run()
+        kind = RelaxedSearch if config.strategy in RELAXED else _Search
+        kind(config, folder, accelerator).run()
     return folder.path
 
 

@@ -25,6 +25,7 @@ class Backbone:
             the first unit belongs to unit 0. No weight changes shape with the layout (paper, section 3).
         channels: output channels of each unit.
         default_layout: where the original network downsamples.
+        max_pools: whether a downsampling is a 2x2 max pool on the unit's input, as relaxed searches need it.
         halve: the side in pixels that a downsampling leaves of a side; pools round down, strides up.
     """
 
@@ -32,6 +33,7 @@ class Backbone:
     channels: tuple[int, ...]
     default_layout: Layout
     halve: Callable[[int], int] = halve_down
+    max_pools: bool = False
 
     @property
     def num_units(self) -> int:

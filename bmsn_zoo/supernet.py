@@ -1,6 +1,7 @@
 """`Mixture`: M supernets over one search space, and the exhaustive evaluation of their layouts."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .layout import Layout
 from .search_space import SearchSpace
+from .unshared import UnsharedSupernet, weights_at
 
 
 class Mixture:
@@ -19,15 +21,32 @@ class Mixture:
         num_classes: outputs of every supernet.
         in_chans: channels of the images.
         seed: supernet m starts from weights that depend on `seed` and m alone.
+        sharing: whether a unit has one set of weights ("shared"), or one for each resolution, which start with the
+            "same" values or at "random", see `UnsharedSupernet`.
     """
 
-    def __init__(self, space: SearchSpace, mixture_size: int, num_classes: int, in_chans: int, seed: int) -> None:
-        self.space = space
+    def __init__(
+        self,
+        space: SearchSpace,
+        mixture_size: int,
+        num_classes: int,
+        in_chans: int,
+        seed: int,
+        sharing: str = "shared",
+    ) -> None:
+        self.space, self.sharing = space, sharing
         self.supernets: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             for index in range(mixture_size):
                 torch.manual_seed((seed << 16) + index)
-                self.supernets.append(space.backbone.create(num_classes=num_classes, in_chans=in_chans))
+                self.supernets.append(self._create(num_classes, in_chans))
+
+    def _create(self, num_classes: int, in_chans: int) -> Any:
+        create = partial(self.space.backbone.create, num_classes=num_classes, in_chans=in_chans)
+        if self.sharing == "shared":
+            return create()
+        levels = max(layout.num_scales for layout in self.space)
+        return UnsharedSupernet(create, levels, same_start=self.sharing == "same")
 
     def __len__(self) -> int:
         return len(self.supernets)
@@ -36,7 +55,7 @@ class Mixture:
         """An independent copy of one supernet with one layout; it gives the same logits."""
         source = self.supernets[supernet]
         with torch.random.fork_rng(devices=[]):
-            copy = self.space.backbone.create(num_classes=source.num_classes, in_chans=source.in_chans)
+            copy = self._create(source.num_classes, source.in_chans)
         copy.set_layout(layout)
         copy.load_state_dict(source.state_dict())
         return copy.train(source.training).to(next(source.parameters()).device)
@@ -68,13 +87,15 @@ def walk_layouts(supernet: Any, space: SearchSpace, images: Tensor) -> Iterator[
         (B, num_classes) logits, one tensor for each layout.
     """
 
-    def walk(x: Tensor, first: int, layouts: list[tuple[int, ...]]) -> Iterator[Tensor]:
+    def walk(x: Tensor, first: int, layouts: list[tuple[int, ...]], level: int = 0) -> Iterator[Tensor]:
         for unit in range(first, space.backbone.num_units):
             halving = [flags for flags in layouts if flags[unit]]
             if 0 < len(halving) < len(layouts):  # the space is sorted, so those that halve come first
-                yield from walk(supernet.forward_unit(x, unit, True), unit + 1, halving)
+                lower = weights_at(supernet, level + 1)
+                yield from walk(lower.forward_unit(x, unit, True), unit + 1, halving, level + 1)
                 halving, layouts = [], [flags for flags in layouts if not flags[unit]]
-            x = supernet.forward_unit(x, unit, bool(halving))
+            level += bool(halving)
+            x = weights_at(supernet, level).forward_unit(x, unit, bool(halving))
         yield supernet.forward_head(x)
 
     yield from walk(images, 0, [layout.flags for layout in space])

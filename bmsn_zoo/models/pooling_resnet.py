@@ -359,4 +359,5 @@ BACKBONES["bmsn_resnet20"] = Backbone(
     create=partial(bmsn_resnet20, searchable=True),
     channels=(16,) * 4 + (32,) * 3 + (64,) * 3,
     default_layout=Layout((4, 3, 3)),
+    max_pools=True,
 )

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, Callable[[SearchSpace, SearchConfig], Strategy]] = {
     "fixed": Fixed,
     "boltzmann": Boltzmann,
     "mcts": TreeSearch,
+    "unshared": Uniform,  # of supernets whose units have weights for each resolution, see `config.sharing_of`
 }
 
 
