@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, PartialState
@@ -17,7 +18,7 @@ from .optimizer import learning_rate, set_learning_rate
 from .relaxed import RELAXED, RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config
 from .step import Lag, check_finite, train_and_score
-from .strategies import Draw, Strategy, create_strategy
+from .strategies import STRATEGIES, Draw, Strategy, create_strategy
 from .usage import parser_of
 
 _EXCHANGE_STEPS = 32  # steps between exchanges among processes that own supernets
@@ -37,10 +38,12 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     Raises:
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
+    kinds: dict[str, Any] = {**dict.fromkeys(STRATEGIES, _Search), **dict.fromkeys(RELAXED, RelaxedSearch)}
+    if config.strategy not in kinds:
+        raise InputError(f"strategy {config.strategy!r} is unknown: use {', '.join(kinds)}")
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("search", output, resume) as folder:
-        kind = RelaxedSearch if config.strategy in RELAXED else _Search
-        kind(config, folder, accelerator).run()
+        kinds[config.strategy](config, folder, accelerator).run()
     return folder.path
 
 
