@@ -133,7 +133,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "tf32": _uses_tf32(device),
         "compiled": None if backend == "no" else backend,
         "versions": {"bmsn_zoo": __version__, "python": platform.python_version(), **versions},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -154,7 +154,7 @@ def _processor_name() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout that this package lies in, marked if files differ from it; None if it is no checkout."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():

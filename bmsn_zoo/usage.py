@@ -16,6 +16,7 @@ _ABOUT = {
     "train": "Train one pooling layout from scratch.",
     "hub": "Push models and searches to the Hugging Face Hub, and add found models to the zoo.",
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
+    "compare": "Compare finished searches with each other, or play all strategies on a table of published accuracies.",
     "report": "Draw the pictures of runs, and print their tables.",
 }
 
@@ -31,6 +32,15 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     if command == "evaluate":
         parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
         parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
+    elif command == "compare":
+        parser.add_argument(
+            "run", nargs="*", metavar="RUN_FOLDER", help="of a finished search; or USER/REPO on the Hub"
+        )
+        parser.add_argument("--benchmark", metavar="NAME", help="table to play on, such as cifar10-resnet20")
+        parser.add_argument("--seeds", type=int, default=3, metavar="N", help="plays of each strategy (default: 3)")
+        parser.add_argument(
+            "--output", type=Path, metavar="FILE", help="also write the table as .md, the plays as .csv"
+        )
     elif command == "report":
         parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
     else:

@@ -11,6 +11,7 @@ import pytest
 
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser, load_recipe
 from bmsn_zoo.results import TrainResult
+from bmsn_zoo.usage import parser_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,7 @@ def test_every_flag_exists():
     known = set()
     for config_class in (SearchConfig, TrainConfig):
         known |= set(build_parser(config_class, "")._option_string_actions)
+    known |= set(parser_of("compare")._option_string_actions)
     launchers = {"--num_processes", "--standalone", "--nproc-per-node", "--model"}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert mentioned - known - launchers == set()

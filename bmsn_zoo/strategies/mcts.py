@@ -62,11 +62,11 @@ class TreeSearch(Uniform):
     def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
         """Count the visit and smooth the reward into every node of the path; the first visit's is taken as it is."""
         super().update(draw, accuracies)
-        visits, values = self.state["visits"], self.state["values"]
-        for node in self.paths[draw.layout]:
-            share = 1 - self.config.mcts_momentum if visits[node, draw.supernet] else 1.0
-            values[node, draw.supernet] += share * (accuracies[0] - values[node, draw.supernet])
-            visits[node, draw.supernet] += 1
+        visits, values = self.state["visits"].numpy(), self.state["values"].numpy()
+        nodes = self.paths[draw.layout], draw.supernet
+        share = np.where(visits[nodes] > 0, 1 - self.config.mcts_momentum, 1.0)
+        values[nodes] += share * (accuracies[0] - values[nodes])
+        visits[nodes] += 1
 
     def result(self) -> dict[str, Any]:
         """Values of the leaves as scores, (L, M), and the leaf of every supernet that only the values lead to."""

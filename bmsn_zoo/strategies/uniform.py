@@ -63,7 +63,7 @@ class Uniform:
 
     def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
         """Count the draw; nothing is learned."""
-        self.state["draws"][draw] += 1
+        self.state["draws"].numpy()[draw] += 1
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
         """Take the columns of all supernets, each from its owner."""
