@@ -94,7 +94,9 @@ def quality(scores: Values, truth: Values, macs: Mapping[Layout, int], choice: L
         within = [layout for layout in layouts if macs[layout] <= budget]
         best_within = max(accuracy for layout, accuracy in truth.items() if macs[layout] <= budget)
         losses.append(best_within - truth[_first(scores, macs, within) if within else cheapest])
-    tau = kendalltau([scores[layout] for layout in layouts], [truth[layout] for layout in layouts]).statistic
+    tau = math.nan
+    if len(layouts) > 1:
+        tau = kendalltau([scores[layout] for layout in layouts], [truth[layout] for layout in layouts]).statistic
     near = [pair for pair in combinations(layouts, 2) if max(macs[a] for a in pair) < 1.1 * min(macs[a] for a in pair)]
     right = [(scores[a] - scores[b]) * (truth[a] - truth[b]) > 0 for a, b in near]
     regret = max(truth.values()) - truth[first]
