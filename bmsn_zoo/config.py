@@ -161,16 +161,29 @@ class SearchConfig(DataConfig):
         choices=("shared", "same", "random"),
     )
     mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search", 1, 1024)
-    epochs: int = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
+    epochs: int | None = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
+    budget: float | None = setting(
+        None, "multiply-accumulates to spend, such as 1.4e14, evaluations included, instead of a number of epochs", 1
+    )
     batch_size: int = setting(128, "images of one step, over all processes", 2)
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
     evaluate_every: int = setting(
-        0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0, environment=True
+        0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0
+    )
+    evaluate_last: int = setting(
+        1, "rank by the mean of so many evaluations: after each of the last epochs, or late in a budget", 1, 100
     )
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")
     lr: float = setting(0.1, "learning rate at the start", 0)
     min_lr: float = setting(0.001, "learning rate at the end of its cosine decay", 0)
     warmup_epochs: int = setting(0, "epochs of linear warm-up", 0)
+    rate_decay: str = setting(
+        "schedule",
+        "schedule: the cosine; cost: a power of the way left for each layout, with momentum for each quarter of them",
+        choices=("schedule", "cost"),
+    )
+    gamma_cheap: float = setting(4.0, "that power for the cheapest layout, which learns fast", 0, 100)
+    gamma_dear: float = setting(0.25, "that power for the dearest layout", 0, 100)
     momentum: float = setting(0.9, "momentum of the optimizer", 0, 1)
     weight_decay: float = setting(0.0, "weight decay", 0)
     max_sharpness: float = setting(100.0, "factor on the scores before the softmax at the end; starts at 1", 1, 1e4)
@@ -183,6 +196,11 @@ class SearchConfig(DataConfig):
         "several processes: data shards every batch, mixture gives each process its own supernets",
         choices=("data", "mixture"),
     )
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        if self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
+            raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
 
 
 def sharing_of(settings: Mapping[str, Any]) -> str:
@@ -273,6 +291,12 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
             if key not in _names(known):
                 raise InputError(f"recipe {name} has the unknown setting {brief(key)}: {_hint(key, known)}")
     return {"recipe": name, **content, **sections["search" if config_class is SearchConfig else "train"]}
+
+
+def over_recipe(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a recipe and flags, which win over it: epochs over its budget, too, and the other way round."""
+    ends = {"epochs", "budget"}
+    return {**{name: v for name, v in recipe.items() if not (name in ends and ends & set(given))}, **given}
 
 
 def _names(config_class: type[DataConfig]) -> list[str]:

@@ -3,17 +3,18 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from . import hub, report, runtime
-from .config import SearchConfig, sharing_of
+from . import cost, hub, report, runtime
+from .config import SearchConfig, build_config, sharing_of
 from .data import (
     AUGMENT,
     ORDER,
@@ -37,6 +38,7 @@ from .ranking import build_result, why_undecided
 from .results import Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
 from .search_space import SearchSpace
+from .spending import Spending
 from .step import Trainer
 from .supernet import Mixture, count_correct
 
@@ -83,14 +85,17 @@ class OneShotSearch:
 
     Attributes:
         strategy: learns where to downsample; its `report`, `result`, `state_dict` and `load_state_dict` are used here.
+        spending: how far the search is; a kind makes it by `count_costs`.
+        late: accuracies of the evaluations that the ranking is the mean of, as far as they are done.
+        optimizers: those beside the trainers' own, by the names of their files in a checkpoint.
     """
 
     strategy: Any
+    spending: Spending
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.space = SearchSpace(config.model, config.default_layout)
-        self.role = Role.of(config, accelerator)
 
         self.source = DataSource(config, torch.get_num_threads())
         self.space.backbone.check(self.space.default_layout, self.source.image_size)
@@ -98,6 +103,9 @@ class OneShotSearch:
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
+        if config.budget is not None:
+            self.config = config = build_config(SearchConfig, {**config.as_dict(), "epochs": None})
+        self.role = Role.of(config, accelerator)
         # one half of the training images trains weights, the other scores layouts; the test images stay closed
         labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
         self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
@@ -116,6 +124,8 @@ class OneShotSearch:
         if config.init_from and not folder.epoch:
             start_from(config.init_from, self.mixture, config)
         self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
+        self.late: list[Tensor] = []
+        self.optimizers: dict[str, AcceleratedOptimizer] = {}
 
     def _trainer(self, supernet: PoolingResNet) -> Trainer:
         supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -134,6 +144,12 @@ class OneShotSearch:
             self.space, accuracy_matrix, self.source.image_size, self.config.in_chans, self.strategy.own
         )
 
+    def count_costs(self, costs: Sequence[int]) -> None:
+        """Say what a step costs with each layout, in multiply-accumulates; what is too dear is refused."""
+        tree = cost.tree_macs(self.space, self.source.image_size, self.config.in_chans)
+        evaluation = tree * len(self.mixture) * len(self.score_split)
+        self.spending = Spending(self.config, self.epoch_steps, costs, evaluation)
+
     def begin(self) -> None:
         """Write what the run is, when nothing else can be refused, and continue from its checkpoint if it has one."""
         segment = {**runtime.describe(self.accelerator), "command": sys.argv}
@@ -149,26 +165,36 @@ class OneShotSearch:
             self.folder.touch()
         self._checkpoint(epoch + 1)
 
-    def finish(self) -> None:
-        """Evaluate every layout under every supernet, and write the result."""
-        accuracy_matrix = self._evaluate_all()
+    def evaluate_late(self, due: int) -> None:
+        """Evaluate every layout under every supernet for the ranking, until that has been done so many times."""
+        while len(self.late) < due:
+            self.late.append(self._evaluate_all())
+            self.spending.late = len(self.late)
+
+    def finish(self, epochs: int) -> None:
+        """The last evaluation of a search of so many epochs, and its result."""
+        self.evaluate_late(self.config.evaluate_last)
         if self.accelerator.is_main_process:
-            self._write_result(accuracy_matrix)
+            self._write_result(torch.stack(self.late).mean(0), epochs)
         self.accelerator.wait_for_everyone()
 
     def batches(self, epoch: int) -> Any:
         """The steps of an epoch that are ours, each with a batch to train on and one to score on, as a progress bar."""
         steps = self.steps(epoch)
-        title = f"epoch {epoch + 1}/{self.config.epochs}"
-        return runtime.progress_bar(self._batches(epoch, steps), len(steps), title)
+        return runtime.progress_bar(self._batches(epoch, steps), len(steps), self._title(epoch))
 
     def steps(self, epoch: int) -> range:
         """Those of an epoch that are ours, counted over all epochs."""
         return range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)[self.role.turns]
 
-    def progress(self, step: int) -> float:
-        """How far the search is, from 0 at its first step to 1 at its last."""
-        return step / max(1, self.config.epochs * self.epoch_steps - 1)
+    def learning_rate(self, step: int, power: float | None = None) -> float:
+        """Rate of a step, for `power` see `optimizer.learning_rate`."""
+        return learning_rate(self.config, self.epoch_steps, self.spending.position(step), self.spending.last, power)
+
+    def _title(self, epoch: int) -> str:
+        if self.config.epochs:
+            return f"epoch {epoch + 1}/{self.config.epochs}"
+        return f"epoch {epoch + 1}, {self.spending.progress(epoch * self.epoch_steps):.0%} of the budget"
 
     def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
         """The steps with augmented images to train on and plain ones to score on."""
@@ -190,26 +216,32 @@ class OneShotSearch:
 
     def _describe_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
-        config = self.config
+        config, spending, steps = self.config, self.spending, (epoch + 1) * self.epoch_steps
         totals = torch.tensor(sums, dtype=torch.float32, device=self.device)
         if self.role.turns.step > 1:  # else every process has seen the same
             totals = self.accelerator.reduce(totals, "sum")
+            spending.own = int(self.accelerator.reduce(torch.tensor(spending.own, device=self.device), "sum"))
+        spending.paid, spending.own = spending.paid + spending.own, 0
         loss, accuracy, *draws = totals.tolist()
         row: dict[str, object] = {
             "epoch": epoch + 1,
             "loss": loss / sum(draws),
             "score_accuracy": accuracy / sum(draws),
-            "lr": learning_rate(config, self.epoch_steps, (epoch + 1) * self.epoch_steps - 1),
+            # by cost, that of a layout whose rate decays linearly
+            "lr": self.learning_rate(steps - 1, 1.0 if config.rate_decay == "cost" else None),
             **self.strategy.report(progress),
             "draws": [int(count) for count in draws],
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_mib": _peak_memory_mib(self.device),
         }
-        if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and epoch + 1 < config.epochs:
+        watched = config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and not spending.over(steps)
+        if watched and spending.affords(spending.evaluation):
             best = self._evaluate_all().amax(1).tolist()
+            spending.paid += spending.evaluation
             row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
+        row["spent_macs"] = spending.spent
         if self.accelerator.is_main_process:
-            _log.info("epoch %d/%d: loss %.3f, score accuracy %.2f %%, %.0f s", epoch + 1, config.epochs, row["loss"],
+            _log.info("%s: loss %.3f, score accuracy %.2f %%, %.0f s", self._title(epoch), row["loss"],
                       100 * accuracy / sum(draws), row["seconds"])  # fmt: skip
         return row
 
@@ -230,11 +262,11 @@ class OneShotSearch:
                     correct[:, m] += count_correct(self.mixture.supernets[m], self.space, inputs, labels)
         return self.accelerator.reduce(correct, "sum").cpu().double() / len(images)
 
-    def _write_result(self, accuracy_matrix: Tensor) -> None:
+    def _write_result(self, accuracy_matrix: Tensor, epochs: int) -> None:
         """Write search.json and what belongs to it."""
         config, mixture, folder = self.config, self.mixture, self.folder
         for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
-            load_training_state(folder.checkpoint(config.epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
+            load_training_state(folder.checkpoint(epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
         save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
@@ -242,15 +274,19 @@ class OneShotSearch:
         found = self.rank(accuracy_matrix)
         described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
         chance = np.bincount(self.score_split.labels.cpu()).max() / score
+        said = self.strategy.result()
+        if len(self.late) > 1:
+            said["details"] = {**said.get("details", {}), "late_accuracies": [a.amax(1).tolist() for a in self.late]}
         SearchResult(
             **dict(found),
             undecided=why_undecided(found, chance, score),
-            **self.strategy.result(),
+            **said,
             **folder.summary(),
             recipe=config.recipe,
             settings=config.settings(),
             seed=config.seed,
-            epochs=config.epochs,
+            epochs=epochs,
+            spent_macs=self.spending.spent,
             dataset=SearchDataset(**described, weight_images=weight, score_images=score),
             peak_memory_mib=_peak_memory_mib(self.device),
         ).write(folder.path / "search.json")
@@ -267,9 +303,13 @@ class OneShotSearch:
         if self.role.shard[0] == 0:
             for m, trainer in self.trainers.items():
                 save_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+            for name, optimizer in self.optimizers.items():
+                save_training_state(path / f"{name}.safetensors", nn.Module(), optimizer.optimizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_tensors(path / "strategy.safetensors", self.strategy.state_dict())
+            late = {f"late.{number}": accuracy for number, accuracy in enumerate(self.late)}
+            save_tensors(path / "spending.safetensors", {"paid": torch.tensor(self.spending.paid), **late})
             folder.complete_checkpoint(epoch, accelerator)
         accelerator.wait_for_everyone()
 
@@ -280,7 +320,12 @@ class OneShotSearch:
             self.folder.restore_scaler(self.accelerator)
             for m, trainer in self.trainers.items():
                 load_training_state(path / f"supernet-{m}.safetensors", trainer.supernet, trainer.optimizer.optimizer)
+            for name, optimizer in self.optimizers.items():
+                load_training_state(path / f"{name}.safetensors", nn.Module(), optimizer.optimizer)
             self.strategy.load_state_dict(load_tensors(path / "strategy.safetensors"))
+            spent = load_tensors(path / "spending.safetensors")
+            self.spending.paid, self.spending.late = int(spent.pop("paid")), len(spent)
+            self.late = [spent[f"late.{number}"] for number in range(len(spent))]
 
 
 def start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:

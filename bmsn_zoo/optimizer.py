@@ -26,16 +26,31 @@ def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig)
     return optimizer
 
 
-def learning_rate(config: SearchConfig | TrainConfig, epoch_steps: int, step: int) -> float:
+def learning_rate(
+    config: SearchConfig | TrainConfig,
+    epoch_steps: int,
+    step: float,
+    last: float | None = None,
+    power: float | None = None,
+) -> float:
     """Rate of a step, counted from 0 over all epochs.
 
     It grows linearly over the warm-up, is `lr` at the first step after it, and goes from there to `min_lr` at the
     very last step by half a cosine ("cosine") or a straight line ("poly"), or stays ("constant").
+
+    Args:
+        last: the very last step, where it is not that of the last epoch.
+        power: if given, the rate is `lr` times this power of what is left of the way instead, at least `min_lr`.
     """
-    warmup = min(config.warmup_epochs, config.epochs - 1) * epoch_steps
+    if last is None:
+        assert config.epochs
+        last = config.epochs * epoch_steps - 1
+    warmup = max(0, min(config.warmup_epochs * epoch_steps, last + 1 - epoch_steps))
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, config.epochs * epoch_steps - 1 - warmup)
+    done = min(1.0, (step - warmup) / max(1, last - warmup))
+    if power is not None:
+        return max(config.min_lr, config.lr * (1 - done) ** power)
     schedule = getattr(config, "sched", "cosine")  # the search's is always a cosine
     share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": 1 - done, "constant": 1.0}[schedule]
     return share * config.lr + (1 - share) * config.min_lr

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, max_pool2d
 
+from . import cost
 from .config import SearchConfig
 from .errors import InputError
 from .one_shot import OneShotSearch
-from .optimizer import learning_rate, set_learning_rate
+from .optimizer import set_learning_rate
 from .ranking import build_result
 from .results import Ranking
 from .run_folder import RunFolder
@@ -169,6 +170,7 @@ class RelaxedSearch(OneShotSearch):
         if config.mixture_size != 1:
             raise InputError(f"strategy {config.strategy} trains one supernet: give --mixture-size 1")
         super().__init__(config, folder, accelerator)
+        config = self.config  # as the images complete it
         backbone, size = self.space.backbone, self.source.image_size
         self.strategy = Architecture(self.space, config, self.device)
         levels = self.strategy.alpha.shape[1]
@@ -183,7 +185,12 @@ class RelaxedSearch(OneShotSearch):
                 f"image-size {size} cannot be halved {levels - 1} times, as strategy {config.strategy} does: "
                 f"give a multiple of {2 ** (levels - 1)}"
             )
+        if config.rate_decay == "cost":
+            raise InputError(f"rate-decay cost: all steps of strategy {config.strategy} cost the same: use schedule")
         self.strategy.optimizer = accelerator.prepare_optimizer(self.strategy.optimizer)
+        # forward and backward for the weights, and for alpha
+        self.cost = 6 * config.batch_size * cost.relaxed_macs(backbone, levels, size, config.in_chans)
+        self.count_costs([self.cost])
 
     def wrap(self, supernet: Any) -> nn.Module:
         """The supernet as its steps run it."""
@@ -191,28 +198,37 @@ class RelaxedSearch(OneShotSearch):
         return self.relaxed
 
     def run(self) -> None:
-        """All epochs, then the evaluation of every layout."""
-        config, accelerator, trainer, alpha = self.config, self.accelerator, self.trainers[0], self.strategy
+        """All epochs, or what the budget pays for, then the last evaluation of every layout."""
+        accelerator, trainer, alpha = self.accelerator, self.trainers[0], self.strategy
+        spending = self.spending
         self.begin()
-        for epoch in range(self.folder.epoch, config.epochs):
+        epoch = self.folder.epoch
+        while not spending.over(epoch * self.epoch_steps):
             started = time.monotonic()
             steps, bar = self.steps(epoch), self.batches(epoch)
             lag, sums = Lag[int](), np.zeros(3)
 
             for step, batch, score_batch in bar:
-                set_learning_rate(trainer.optimizer, learning_rate(config, self.epoch_steps, step))
+                self.evaluate_late(spending.late_due(step))
+                progress = spending.progress(step)
+                set_learning_rate(trainer.optimizer, self.learning_rate(step))
                 loss_now = train_weights(trainer, alpha.shares(), batch, accelerator)
                 values = torch.stack([loss_now, train_alpha(self.relaxed, alpha, score_batch, accelerator)])
                 if accelerator.num_processes > 1:
                     values = accelerator.reduce(values, "mean")
 
-                for done, (loss, accuracy) in lag.push(step, values, step == steps[-1]):
+                spending.own += self.cost
+                last = step == steps[-1] or spending.over(step + 1)
+                for done, (loss, accuracy) in lag.push(step, values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
                     sums += loss, accuracy, 1
                     bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
+                if last:
+                    break  # before the epoch ends, if the budget does
 
-            self.end_epoch(epoch, self.progress(step), sums, started)
-        self.finish()
+            self.end_epoch(epoch, progress, sums, started)
+            epoch += 1
+        self.finish(epoch)
 
     def rank(self, accuracy_matrix: Tensor) -> Ranking:
         """All layouts by their probability."""

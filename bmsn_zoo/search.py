@@ -11,13 +11,14 @@ from accelerate import Accelerator, PartialState
 
 from . import hub, report, runtime
 from .command import run_command
-from .config import SearchConfig, load_recipe
+from .config import SearchConfig, load_recipe, over_recipe
 from .errors import InputError
 from .one_shot import OneShotSearch
-from .optimizer import learning_rate, set_learning_rate
+from .optimizer import create_optimizer, set_learning_rate
 from .relaxed import RELAXED, RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config
-from .step import Lag, check_finite, train_and_score
+from .spending import cost_quarters, decay_powers
+from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import STRATEGIES, Draw, Strategy, create_strategy
 from .usage import parser_of
 
@@ -54,30 +55,52 @@ class _Search(OneShotSearch):
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         super().__init__(config, folder, accelerator)
+        config = self.config  # as the images complete it
         self.strategy = create_strategy(self.space, config)
         self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
+        # multiply-accumulates of a step: training costs three forwards, scoring one
+        macs = [self.space.macs(layout, self.source.image_size, config.in_chans) for layout in self.space]
+        scorings = len(self.scored) if self.scored else 1
+        self.costs = [(3 + scorings) * config.batch_size * one for one in macs]
+        self.count_costs(self.costs)
+        # with rates by cost, each quarter of the layouts moves the same weights with momentum of its own
+        by_cost = config.rate_decay == "cost"
+        self.powers = decay_powers(config, macs) if by_cost else [None] * len(macs)
+        self.quarter = cost_quarters(macs) if by_cost else [0] * len(macs)
+        self.quarters = {m: [self._with_momentum(m, q) for q in range(max(self.quarter) + 1)] for m in self.trainers}
+
+    def _with_momentum(self, supernet: int, quarter: int) -> Trainer:
+        trainer = self.trainers[supernet]
+        if quarter == 0:
+            return trainer
+        optimizer = self.accelerator.prepare_optimizer(create_optimizer(trainer.supernet, self.config))
+        self.optimizers[f"supernet-{supernet}-quarter-{quarter}"] = optimizer
+        return trainer._replace(optimizer=optimizer)
 
     def run(self) -> None:
-        """All epochs, then the evaluation of every layout under every supernet."""
-        config, accelerator, role = self.config, self.accelerator, self.role
+        """All epochs, or what the budget pays for, then the last evaluation of every layout under every supernet."""
+        config, accelerator, role, spending = self.config, self.accelerator, self.role, self.spending
         self.begin()
-        for epoch in range(self.folder.epoch, config.epochs):
+        epoch = self.folder.epoch
+        while not spending.over(epoch * self.epoch_steps):
             started = time.monotonic()
             steps, bar = self.steps(epoch), self.batches(epoch)
             lag, sums = Lag[tuple[int, Draw]](), np.zeros(2 + config.mixture_size)
 
             for step, batch, score_batch in bar:
-                progress = self.progress(step)
+                self.evaluate_late(spending.late_due(step))
+                progress = spending.progress(step)
                 draw = self.strategy.draw(step, progress, role.owned)
-                trainer = self.trainers[draw.supernet]
-                set_learning_rate(trainer.optimizer, learning_rate(config, self.epoch_steps, step))
+                trainer = self.quarters[draw.supernet][self.quarter[draw.layout]]
+                set_learning_rate(trainer.optimizer, self.learning_rate(step, self.powers[draw.layout]))
                 values = train_and_score(trainer, self.space[draw.layout], batch, score_batch, accelerator, self.scored)
                 if role.shard[1] > 1:  # all processes learn the same, or their draws would part
                     values = accelerator.reduce(values, "mean")
 
-                last = step == steps[-1]
+                spending.own += self.costs[draw.layout]
+                last = step == steps[-1] or spending.over(step + 1)
                 for (done, drawn), (loss, *accuracies) in lag.push((step, draw), values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
                     self.strategy.update(drawn, accuracies)
@@ -86,9 +109,12 @@ class _Search(OneShotSearch):
                     bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
+                if last:
+                    break  # before the epoch ends, if the budget does
 
             self.end_epoch(epoch, progress, sums, started)
-        self.finish()
+            epoch += 1
+        self.finish(epoch)
 
 
 def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m bmsn_zoo.") -> int:
@@ -101,7 +127,7 @@ def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m
         recipe = given.get("recipe")
         if recipe is None and "dataset" not in given and not resume:
             recipe = "digits-resnet20"
-        settings = {**(load_recipe(recipe, SearchConfig) if recipe else {}), **given}
+        settings = over_recipe(load_recipe(recipe, SearchConfig) if recipe else {}, given)
         if settings.get("init_from") and not resume:
             settings["init_from"] = hub.pin(settings["init_from"])
         path = Path(output) if output else None

@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 
 from .command import run_command
-from .config import Parser, SearchConfig, TrainConfig, add_push_flags, build_config, build_parser, load_recipe
+from .config import (
+    Parser,
+    SearchConfig,
+    TrainConfig,
+    add_push_flags,
+    build_config,
+    build_parser,
+    load_recipe,
+    over_recipe,
+)
 from .launch import check_launch
 
 _RUNS: dict[str, type[SearchConfig] | type[TrainConfig]] = {"search": SearchConfig, "train": TrainConfig}
@@ -82,4 +91,4 @@ def _check(command: str) -> None:
         check_launch(os.environ, command == "search")
     if kind := _RUNS.get(command):
         recipe = load_recipe(given["recipe"], kind) if "recipe" in given else {}
-        build_config(kind, {**recipe, **{name: given[name] for name in given if name in kind.model_fields}})
+        build_config(kind, over_recipe(recipe, {name: given[name] for name in given if name in kind.model_fields}))

@@ -300,7 +300,7 @@ def test_every_setting_can_be_given_as_a_flag(command):
         choices, low = about(SearchConfig, name)["choices"], about(SearchConfig, name)["low"]
         plain = {bool: not field.default, str: "text", int: 2 * int(low or 0) + 3, float: float(low or 0) + 0.5}
         values[name] = choices[0] if choices else plain[kind_of(SearchConfig, name)]
-    for name in ("recipe", "init_from"):  # names of files, which are read
+    for name in ("recipe", "init_from", "budget"):  # names of files, which are read, and what replaces epochs
         values[name] = None
     argv = []
     for name, value in values.items():

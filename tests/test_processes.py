@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_scripts import QUICK, found, search
 
+from bmsn_zoo import SearchSpace, cost
 from bmsn_zoo import train as train_module
 from bmsn_zoo.config import TrainConfig
 from bmsn_zoo.data import DataSource, stratified_split
@@ -59,11 +60,15 @@ def test_two_processes_search_together(parallel, image_folder, tmp_path):
     assert all(sum(row["draws"]) == 2 for row in rows)
     if parallel == "mixture":
         assert all(row["draws"] == [1, 1] for row in rows), "every process trains a supernet of its own"
+        space = SearchSpace("bmsn_resnet20")
+        drawn = [space.macs(space[layout], 16) for layout, _ in (scores != 1).nonzero().tolist()]
+        assert len(drawn) == 4, "a layout was drawn twice: take another seed"
+        assert result["spent_macs"] == 4 * 16 * sum(drawn) + 2 * 32 * cost.tree_macs(space, 16), "of both processes"
         return
     # shards of a batch normalise on their own, but draws and batches are those of one process
     single = search(image_folder, tmp_path / "single")
     singles = [json.loads(line) for line in (tmp_path / "single" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["draws"] == singles[0]["draws"]
+    assert [rows[0][key] for key in ("draws", "spent_macs")] == [singles[0][key] for key in ("draws", "spent_macs")]
     assert result["dataset"]["fingerprint"] == single["dataset"]["fingerprint"]
 
 

@@ -243,9 +243,9 @@ from bmsn_zoo import search
 from bmsn_zoo.relaxed import RelaxedSearch
 from bmsn_zoo.run_folder import save_tensors
 real = RelaxedSearch.finish
-def finish(self):
+def finish(self, epochs):
     save_tensors(Path(os.environ["RANK"]), {"alpha": self.strategy.alpha, **self.mixture.state_dict()})
-    real(self)
+    real(self, epochs)
 RelaxedSearch.finish = finish
 sys.exit(search.main(sys.argv[1:]))
 """
