@@ -186,7 +186,15 @@ class SearchConfig(DataConfig):
     gamma_dear: float = setting(0.25, "that power for the dearest layout", 0, 100)
     momentum: float = setting(0.9, "momentum of the optimizer", 0, 1)
     weight_decay: float = setting(0.0, "weight decay", 0)
-    max_sharpness: float = setting(100.0, "factor on the scores before the softmax at the end; starts at 1", 1, 1e4)
+    scores: str = setting(
+        "batch",
+        "batch: the drawn supernet is scored, sharpness grows with the steps; pairs: all are, on the same images, and "
+        "it grows with the evidence for their differences",
+        choices=("batch", "pairs"),
+    )
+    max_sharpness: float = setting(
+        100.0, "factor on the scores before the softmax at the end; starts at 1; in pairs the most it can be", 1, 1e4
+    )
     score_momentum: float = setting(0.9, "share of the old score kept at an update", 0, 1)
     init_from: str | None = setting(
         None, "earlier search whose supernets to start from: its run folder, or USER/REPO[@revision] on the Hub"

@@ -41,24 +41,29 @@ def train_and_score(
         batch: normalised images (B, C, H, W) and labels (B,) to train on, on the device.
         score_batch: the same to score on.
         accelerator: of this process.
-        scored: the supernets to score with this layout; the trained one alone if None.
+        scored: the supernets to score with this layout, before the step, from which the trained one alone would gain;
+            that one after its step if None.
 
     Returns:
         cross-entropy in nats, then the score accuracy of each scored supernet, a fraction, as one tensor on the device.
     """
     trainer.supernet.set_layout(layout)
+    accuracies = _score(scored, layout, score_batch) if scored else []
     images, labels = batch
     loss = nn.functional.cross_entropy(trainer.network(images), labels)
     accelerator.backward(loss)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    with torch.no_grad():
-        images, labels = score_batch
-        values = [loss.detach()]
-        for supernet in scored or (trainer.supernet,):  # not the wrapped network: no gradients to average
-            supernet.set_layout(layout)
-            values.append((supernet(images).argmax(1) == labels).float().mean())
-        return torch.stack(values)
+    return torch.stack([loss.detach(), *(accuracies or _score([trainer.supernet], layout, score_batch))])
+
+
+@torch.no_grad()
+def _score(supernets: Sequence[PoolingResNet], layout: Layout, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Accuracy of each supernet, not of the network that wraps it: there are no gradients to average."""
+    images, labels = batch
+    for supernet in supernets:
+        supernet.set_layout(layout)
+    return [(supernet(images).argmax(1) == labels).float().mean() for supernet in supernets]
 
 
 class Lag(Generic[T]):

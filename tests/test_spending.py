@@ -84,9 +84,9 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
 
 
 def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image_folder, tmp_path):
-    evaluation, budget = 2 * 32 * TREE, 30 * 4 * 16 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
+    evaluation, budget = 2 * 32 * TREE, 30 * 5 * 16 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
     settings = ["--dataset", str(image_folder), *SMALL, "--budget", str(budget), "--evaluate-last", "2"]
-    settings += ["--lr", "0.01", "--rate-decay", "cost"]
+    settings += ["--lr", "0.01", "--rate-decay", "cost", "--scores", "pairs"]
     trained, train_and_score, end_epoch = [], search_module.train_and_score, search_module._Search.end_epoch
 
     def watched(trainer, layout, *more):
@@ -112,8 +112,8 @@ def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("whole", "killed")
     )
-    assert whole["spent_macs"] == 4 * 16 * sum(trained) + 2 * evaluation
-    assert budget - 4 * 16 * max(MACS) < whole["spent_macs"] <= budget
+    assert whole["spent_macs"] == 5 * 16 * sum(trained) + 2 * evaluation, "trained at 3, two scored at 1 each"
+    assert budget - 5 * 16 * max(MACS) < whole["spent_macs"] <= budget
     assert [row["spent_macs"] for row in rows] == sorted({row["spent_macs"] for row in rows})
     assert rows[-1]["spent_macs"] == whole["spent_macs"] - evaluation, "one evaluation is that of the end"
     assert whole["epochs"] == len(rows) > 3 and whole["settings"]["epochs"] is None

@@ -35,13 +35,17 @@ def test_all_supernets_are_scored_with_the_layout_of_the_step():
     trainer = Trainer(supernets[1], supernets[1], torch.optim.SGD(supernets[1].parameters(), lr=0.1))
     images, scored = torch.randn(2, 8, 3, 16, 16)
     labels, truth = torch.randint(0, 4, (2, 8))
-    before = {name: tensor.clone() for name, tensor in supernets[0].state_dict().items()}
     layout, batches = Layout.parse("2-2-6"), ((images, labels), (scored, truth))
-    _, *accuracies = train_and_score(trainer, layout, *batches, Accelerator(), supernets).tolist()
-    for supernet, accuracy in zip(supernets, accuracies, strict=True):
+    for supernet in supernets:
         supernet.set_layout(layout)
-        assert accuracy == (supernet(scored).argmax(1) == truth).float().mean().item()
-    assert all(torch.equal(before[name], tensor) for name, tensor in supernets[0].state_dict().items())
+    expected = [(supernet(scored).argmax(1) == truth).float().mean().item() for supernet in supernets]
+    before = [{name: tensor.clone() for name, tensor in one.state_dict().items()} for one in supernets]
+    for supernet in supernets:
+        supernet.set_layout("4-3-3")
+    _, *accuracies = train_and_score(trainer, layout, *batches, Accelerator(), supernets).tolist()
+    assert accuracies == expected, "scored before the step"
+    changed = [not torch.equal(old["fc.weight"], one.fc.weight) for old, one in zip(before, supernets, strict=True)]
+    assert changed == [False, True, False]
 
 
 def test_values_arrive_one_step_late_and_all_of_them_at_the_end():

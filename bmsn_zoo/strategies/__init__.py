@@ -13,6 +13,7 @@ from .balanced import BalancedMixture
 from .boltzmann import Boltzmann
 from .fixed import Fixed
 from .mcts import TreeSearch
+from .paired import PairedMixture
 from .protocol import Draw, Strategy
 from .uniform import Uniform
 
@@ -34,7 +35,11 @@ def create_strategy(space: SearchSpace, config: SearchConfig) -> Strategy:
     """
     if config.strategy not in STRATEGIES:
         raise InputError(f"strategy {config.strategy!r} is unknown: use {', '.join(STRATEGIES)}")
+    if config.scores == "pairs":
+        if config.strategy != "balanced":
+            raise InputError(f"scores pairs: strategy {config.strategy} assigns nothing by scores: use balanced")
+        return PairedMixture(space, config)
     return STRATEGIES[config.strategy](space, config)
 
 
-__all__ = ["STRATEGIES", "BalancedMixture", "Draw", "Strategy", "create_strategy"]
+__all__ = ["STRATEGIES", "BalancedMixture", "Draw", "PairedMixture", "Strategy", "create_strategy"]

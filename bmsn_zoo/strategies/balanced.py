@@ -43,9 +43,13 @@ class BalancedMixture:
         """Factor on the scores, growing linearly from 1 at progress 0 to the maximum at progress 1."""
         return 1 + (self.config.max_sharpness - 1) * progress
 
+    def logits(self, progress: float) -> Tensor:
+        """What the assignment is balanced from, shape (L, M)."""
+        return self.scores * self.sharpness(progress)
+
     def assignment(self, progress: float) -> Tensor:
         """p(supernet given layout) at this point of the search, shape (L, M)."""
-        return assign(self.scores, self.sharpness(progress), offset=self._offset.clone())
+        return assign(self.logits(progress), 1.0, offset=self._offset.clone())
 
     def draw(self, step: int, progress: float, owned: range) -> Draw:
         """Draw layout and supernet, jointly p(layout) p(supernet | layout).
@@ -54,7 +58,7 @@ class BalancedMixture:
         layout from p(layout | supernet).
         """
         rng = step_rng(self.config, step)
-        assignment = assign(self.scores, self.sharpness(progress), offset=self._offset).numpy()
+        assignment = assign(self.logits(progress), 1.0, offset=self._offset).numpy()
         num_layouts, mixture_size = assignment.shape
         if len(owned) == mixture_size:
             layout = uniform_index(self.config, num_layouts, step, rng)
