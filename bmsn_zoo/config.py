@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from .files import read_yaml
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
+FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -160,12 +162,14 @@ class SearchConfig(DataConfig):
         "or at random; they are shared if not given, and by unshared at random",
         choices=("shared", "same", "random"),
     )
-    mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search", 1, 1024)
-    epochs: int | None = setting(30, "passes over the weight split in all, so each supernet gets 1/M of them", 1)
+    mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search; fewer for few images", 1, 1024)
+    epochs: int | None = setting(
+        30, "passes over the weight split in all, so each supernet gets 1/M of them; more for few images", 1
+    )
     budget: float | None = setting(
         None, "multiply-accumulates to spend, such as 1.4e14, evaluations included, instead of a number of epochs", 1
     )
-    batch_size: int = setting(128, "images of one step, over all processes", 2)
+    batch_size: int = setting(128, "images of one step, over all processes; smaller for few images", 2)
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
     evaluate_every: int = setting(
         0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0
@@ -209,6 +213,25 @@ class SearchConfig(DataConfig):
         super().__init__(**values)
         if self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
             raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
+
+
+def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
+    """A search's settings, those that were not given chosen for its number of training images, half of which train.
+
+    - batch_size: the largest power of two that makes 4 steps of that half, between 8 and 128;
+    - mixture_size: 4 from 20,000 images on, 2 from 2,000 on, else 1;
+    - epochs: 30, or as many, at most 300, as give every supernet `FEW_STEPS`; none with a budget.
+
+    So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 1 supernet, batches of 32 and 100 epochs.
+    """
+    half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
+    power = min(max(3, (half // 4).bit_length() - 1), max(1, half.bit_length() - 1), 7)
+    chosen: dict[str, Any] = {"batch_size": 2**power, "mixture_size": 4 if images >= 20_000 else 1 + (images >= 2000)}
+    chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
+    enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))
+    if config.budget is not None or "epochs" not in given:
+        chosen["epochs"] = None if config.budget is not None else max(30, min(300, enough))
+    return SearchConfig(**{**config.as_dict(), **chosen})
 
 
 def sharing_of(settings: Mapping[str, Any]) -> str:

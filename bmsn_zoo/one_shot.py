@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from . import cost, hub, report, runtime
-from .config import SearchConfig, build_config, sharing_of
+from .config import FEW_STEPS, SearchConfig, fit_to_images, sharing_of
 from .data import (
     AUGMENT,
     ORDER,
@@ -103,8 +103,7 @@ class OneShotSearch:
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
-        if config.budget is not None:
-            self.config = config = build_config(SearchConfig, {**config.as_dict(), "epochs": None})
+        self.config = config = fit_to_images(config, len(self.data.images))
         self.role = Role.of(config, accelerator)
         # one half of the training images trains weights, the other scores layouts; the test images stay closed
         labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
@@ -156,6 +155,24 @@ class OneShotSearch:
         self.folder.begin(self.config, segment, self.source.identity(self.data))
         self.accelerator.wait_for_everyone()
         self._restore()
+        if self.accelerator.is_main_process:
+            self._announce()
+        self._begun = time.monotonic(), self.spending.progress(self.folder.epoch * self.epoch_steps)
+
+    def _announce(self) -> None:
+        """Say what is going to be searched, by how many steps, and whether they are few."""
+        config = self.config
+        steps = round(self.spending.last) + (config.budget is None)
+        each, of = steps // config.mixture_size, "given" if config.image_size else "that of the first image"
+        _log.info(
+            f"search: {len(self.space)} layouts of {config.model} at {self.source.image_size} pixels ({of}); "
+            f"{len(self.weight_split)} images train, {len(self.score_split)} score; mixture of {config.mixture_size}, "
+            f"batches of {config.batch_size}; {'about ' if config.budget else ''}{steps} steps"
+            f"{f' in {config.epochs} epochs' if config.epochs else ''}, {each} for each supernet"
+        )
+        if each < FEW_STEPS:
+            what = "budget" if config.budget else "number of epochs"
+            _log.warning(f"{each} steps for each supernet: below some {FEW_STEPS}, noise ranks: give a larger {what}")
 
     def end_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> None:
         """Log an epoch and save what continues from it; for `sums` see `_describe_epoch`."""
@@ -241,8 +258,11 @@ class OneShotSearch:
             row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
         row["spent_macs"] = spending.spent
         if self.accelerator.is_main_process:
-            _log.info("%s: loss %.3f, score accuracy %.2f %%, %.0f s", self._title(epoch), row["loss"],
-                      100 * accuracy / sum(draws), row["seconds"])  # fmt: skip
+            (begun, before), done = self._begun, spending.progress(steps)
+            minutes = (time.monotonic() - begun) / 60 * (1 - done) / (done - before)
+            left = "" if spending.over(steps) else f", {minutes:.1f} min left to train"
+            _log.info("%s: loss %.3f, score accuracy %.2f %%, %.0f s%s", self._title(epoch), row["loss"],
+                      100 * accuracy / sum(draws), row["seconds"], left)  # fmt: skip
         return row
 
     def _evaluate_all(self) -> Tensor:

@@ -167,6 +167,8 @@ class RelaxedSearch(OneShotSearch):
     strategy: Architecture
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        if "mixture_size" not in config.model_fields_set:
+            config = SearchConfig(**{**config.model_dump(exclude_unset=True), "mixture_size": 1})
         if config.mixture_size != 1:
             raise InputError(f"strategy {config.strategy} trains one supernet: give --mixture-size 1")
         super().__init__(config, folder, accelerator)

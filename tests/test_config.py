@@ -10,6 +10,7 @@ from bmsn_zoo.config import (
     about,
     build_config,
     build_parser,
+    fit_to_images,
     kind_of,
     load_recipe,
     shipped_folder,
@@ -386,3 +387,27 @@ def test_new_run_needs_a_folder_of_its_own(run_folder, tmp_path):
     for output in (tmp_path / "empty", tmp_path / "new", None):
         assert resolve_config(SearchConfig, {"epochs": 3}, output, False).epochs == 3
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "expected"),
+    [
+        (50_000, {}, (4, 128, 30)),
+        (363, {}, (1, 32, 100)),
+        (363, {"mixture_size": 2}, (2, 32, 200)),
+        (363, {"batch_size": 64, "epochs": 7}, (1, 64, 7)),
+        (363, {"budget": 1e12}, (1, 32, None)),
+        (1437, {"mixture_size": 2, "epochs": 20, "batch_size": 64}, (2, 64, 20)),
+        (5000, {}, (2, 128, 53)),
+        (1_200_000, {}, (4, 128, 30)),
+        (9, {}, (1, 4, 300)),
+        (2, {}, (1, 2, 300)),
+    ],
+)
+def test_settings_that_are_not_given_fit_the_number_of_images(images, given, expected):
+    config = fit_to_images(build_config(SearchConfig, {"lr": 0.3, **given}), images)
+    assert (config.mixture_size, config.batch_size, config.epochs) == expected
+    assert config.lr == 0.3
+    assert fit_to_images(config, 10**6) == config, "what was chosen is kept when a run is resumed"
+    supernet_steps = (images // 2 // config.batch_size) * (config.epochs or 500) // config.mixture_size
+    assert supernet_steps >= 500 or config.epochs in (300, *given.values())
