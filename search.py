@@ -5,4 +5,4 @@ import sys
 from bmsn_zoo.search import main
 
 if __name__ == "__main__":
-    sys.exit(main(command="accelerate launch "))
+    sys.exit(main())

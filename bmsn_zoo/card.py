@@ -23,10 +23,12 @@ _UNLICENSED = ("uoft-cs/cifar10", "uoft-cs/cifar100")  # the Hub lists them as u
 _LOCAL_VALUES = ("--output", "--dataset", "--dataset-id", "--from-search", "--init-from", "--push-to-hub", "--revision")
 _LOCAL_SWITCHES = ("--resume", "--private", "--create-pr")
 _SCRIPTS = {
-    "train.py": "train.py",
-    "search.py": "search.py",
-    "bmsn_zoo/train.py": "-m bmsn_zoo.train",
-    "bmsn_zoo/search.py": "-m bmsn_zoo.search",
+    "train.py": "accelerate launch train.py",
+    "search.py": "accelerate launch search.py",
+    "bmsn_zoo/train.py": "accelerate launch -m bmsn_zoo.train",
+    "bmsn_zoo/search.py": "accelerate launch -m bmsn_zoo.search",
+    "bmsn-train": "bmsn-train",
+    "bmsn-search": "bmsn-search",
 }
 _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")  # a commit on the Hub
 ResultT = TypeVar("ResultT", SearchResult, TrainResult)
@@ -183,4 +185,4 @@ def _command(result: SearchResult | TrainResult, name: str) -> str:
         sources["from_search"] = name if sources["from_search"] == "search.json" else sources["from_search"]
     for key, value in sources.items():
         words += [f"--{key.replace('_', '-')}", str(value)] if value else []
-    return f"accelerate launch {_SCRIPTS[program]} {shlex.join(words)}"
+    return f"{_SCRIPTS[program]} {shlex.join(words)}"

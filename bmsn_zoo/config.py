@@ -364,29 +364,62 @@ class Parser(argparse.ArgumentParser):
         return [*self._option_string_actions, *(flag for command in below for flag in command._flags())]
 
 
-def add_push_flags(parser: argparse.ArgumentParser) -> None:
+class _Help(argparse.Action):
+    """Prints the flags that matter most; all of them as `--help-all`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        if given[-1] != "--help-all":
+            for group in parser._action_groups[3:]:  # behind argparse's own two, and ours of the first flags
+                for action in group._group_actions:
+                    action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+def add_push_flags(parser: argparse._ActionsContainer) -> None:
     """The flags that say how to push to the Hub."""
     parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="push to this branch of the Hub repository")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
 
 
-def build_parser(config_class: type[DataConfig], description: str) -> argparse.ArgumentParser:
-    """A parser with one flag for every setting; flags not given are absent from the result."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--output", help="folder of this run; a new one under runs/ if not given")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
-    parser.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
-    add_push_flags(parser)
+def build_parser(
+    config_class: type[DataConfig], description: str, first: Sequence[str] = (), example: str = ""
+) -> argparse.ArgumentParser:
+    """A parser with one flag for every setting; flags not given are absent from the result.
+
+    Args:
+        first: flags that `--help` shows; `--help-all` shows all.
+        example: a line below them.
+    """
+    parser = Parser(
+        usage="%(prog)s [--FLAG VALUE ...]", description=description, epilog=example, allow_abbrev=False,
+        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    of_all = (
+        "what matters most",
+        "data and model",
+        config_class.__name__.removesuffix("Config").lower(),
+        "this machine",
+        "Hub",
+    )
+    most, data, own, machine, pushing = (parser.add_argument_group(title) for title in of_all)
+    most.add_argument("--help", "-h", "--help-all", action=_Help, nargs=0, help="these flags, or all of them")
+    most.add_argument("--output", help="folder of this run; a new one under runs/ if not given")
+    most.add_argument("--resume", action="store_true", help="continue the run in --output")
+    pushing.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
+    add_push_flags(pushing)
     for name, field in config_class.model_fields.items():
         flag, choices = "--" + name.replace("_", "-"), about(config_class, name)["choices"]
         default = "" if field.default is None else f" (default: {field.default})"
         help_text = str(field.description).replace("%", "%%") + default
+        rest = machine if about(config_class, name)["environment"] else data if name in DataConfig.model_fields else own
+        group = most if flag[2:] in first else rest
         if kind_of(config_class, name) is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         else:
             metavar = "|".join(map(str, choices)) if choices else name.split("_")[-1].upper()
-            parser.add_argument(flag, metavar=metavar, help=help_text)
+            group.add_argument(flag, metavar=metavar, help=help_text)
     return parser
 
 

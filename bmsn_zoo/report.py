@@ -13,7 +13,7 @@ from .command import run_command
 from .errors import InputError
 from .files import read_text
 from .results import Entry, SearchResult, TrainResult, fault
-from .usage import parser_of
+from .usage import parser_of, start_of
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a picture can show
@@ -174,19 +174,18 @@ def search_table(result: SearchResult, top: int = 5) -> str:
     )
 
 
-def print_search(folder: Path, command: str = "accelerate launch -m bmsn_zoo.") -> None:
-    """Print what a search found and how to retrain it; `command` starts our commands."""
+def print_search(folder: Path) -> None:
+    """Print what a search found and how to retrain it."""
     result = SearchResult.read(folder / "search.json")
     retrain = "retrain the winner:   "
     if result.undecided:
         default = result.default.layout if result.default else "layout"
         retrain = f"no winner: {result.undecided}: keep the default {default}\ntrain the default:    "
-    script = ".py" if not command.rstrip().endswith(".") else ""
     sys.stdout.write(
         f"{len(result.layouts)} layouts, ranked by {result.ranked_by} (n = 1 search):\n"
         f"{search_table(result)}\n"
         f"results and pictures: {folder}\n"
-        f"{retrain}{command}train{script} --from-search {shlex.quote(str(folder))}\n"
+        f"{retrain}{start_of('train')} --from-search {shlex.quote(str(folder))}\n"
     )
 
 

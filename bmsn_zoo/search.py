@@ -117,8 +117,8 @@ class _Search(OneShotSearch):
         self.finish(epoch)
 
 
-def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m bmsn_zoo.") -> int:
-    """The command line; `command` is how this and the training command are started."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
     parser = parser_of("search")
 
     def run() -> None:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None, command: str = "accelerate launch -m
         path = Path(output) if output else None
         folder = search(resolve_config(SearchConfig, settings, path, resume), path, resume)
         if PartialState().is_main_process:
-            report.print_search(folder, command)
+            report.print_search(folder)
             if target:
                 report.print_pushed(hub.push(folder, **target))
 

@@ -28,16 +28,32 @@ _ABOUT = {
     "compare": "Compare finished searches with each other, or play all strategies on a table of published accuracies.",
     "report": "Draw the pictures of runs, and print their tables.",
 }
+_EXAMPLES = {
+    "search": "--dataset my_photos --epochs 100 --output runs/photos",
+    "train": "--from-search runs/photos --pick best_within_default_macs",
+    "hub": "push runs/photos-trained my-name/photos",
+    "evaluate": "bmsn_resnet20_cifar10",
+    "compare": "runs/photos-seed0 runs/photos-seed1",
+    "report": "runs/photos",
+}
+# what `--help` shows of many flags; `--help-all` shows every one
+_FIRST = {
+    "search": "dataset recipe model strategy mixture-size epochs batch-size seed output resume",
+    "train": "dataset from-search pick layout epochs batch-size lr seed output resume",
+}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The command line of one of our modules."""
+    example = f"example:\n  {start_of(command)} {_EXAMPLES[command]}"
+    script = Path(sys.argv[0]).name if sys.argv else ""
+    prog = script if script.startswith("bmsn-") else f"python -m bmsn_zoo.{command}"
     if command in _RUNS:
-        parser = build_parser(_RUNS[command], _ABOUT[command])
-        if sys.argv[:1] == ["-m"]:
-            parser.prog = f"python -m bmsn_zoo.{command}"
-        return parser
-    parser = Parser(prog=f"python -m bmsn_zoo.{command}", description=_ABOUT[command])
+        run = build_parser(_RUNS[command], _ABOUT[command], _FIRST[command].split(), example)
+        run.prog = prog if sys.argv[:1] == ["-m"] else run.prog
+        return run
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=_ABOUT[command], epilog=example, formatter_class=raw)
     if command == "evaluate":
         parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
         parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
@@ -68,11 +84,24 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def start_of(command: str) -> str:
+    """How to start another of our commands, for people to copy: in the way that this one was started."""
+    script = Path(sys.argv[0] if sys.argv else "").absolute()
+    if script.name.startswith("bmsn-"):
+        return f"bmsn-{command}"
+    if command not in _RUNS:
+        return f"python -m bmsn_zoo.{command}"
+    beside = script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS
+    return f"accelerate launch {f'{command}.py' if beside else f'-m bmsn_zoo.{command}'}"
+
+
 def started_command() -> str:
-    """Which of our modules or scripts python is starting; empty if another program imports this package."""
+    """Which of our commands, modules or scripts python is starting; empty if another program imports this package."""
     if sys.argv[:1] == ["-m"]:  # as long as python looks for the module
         return sys.orig_argv[-len(sys.argv)].removeprefix("-m").rpartition("bmsn_zoo.")[2]
     script = Path(sys.argv[0] if sys.argv else "").absolute()
+    if script.name.startswith("bmsn-"):  # as pip installs it
+        return script.stem.removeprefix("bmsn-")
     return script.stem if script.parent == Path(__file__).absolute().parents[1] else ""
 
 

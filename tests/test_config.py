@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -56,6 +58,19 @@ def test_every_setting_is_a_flag_with_help(config_class):
         else:
             assert vars(parser.parse_args([flag, "3"]))[name] == "3"
             assert flag in parser.format_help()
+
+
+@each_config
+def test_help_shows_ten_flags_and_help_all_every_one(config_class, capsys):
+    first = ["dataset", "epochs", "batch-size", "seed", "model"]
+    for flag, shown in (("--help", len(first) + 4), ("-h", len(first) + 4), ("--help-all", None)):
+        parser = build_parser(config_class, "x", first, "example: y")
+        with pytest.raises(SystemExit):
+            parser.parse_args([flag])
+        printed = capsys.readouterr().out
+        found = {word for word in re.findall(r"--[a-z-]+", printed) if not word.startswith("--no-")}
+        assert printed.endswith("example: y\n")
+        assert len(found) == shown if shown else len(found) > 30, found
 
 
 WRONG = {

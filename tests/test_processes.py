@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -239,14 +240,20 @@ def test_full_disk_is_one_line(image_folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("command", ["search", "train", "hub", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["search", "train", "hub", "evaluate", "report", "compare"])
 def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path):
     """No time is measured: what takes it is not imported."""
     runs = command in ("search", "train")
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    for start in [["-m", f"bmsn_zoo.{command}"]] + [[str(ROOT / f"{command}.py")]] * runs:
-        cases = [(["--help"], 0, f"usage: {'python -m bmsn_zoo.' * (start[0] == '-m')}{command}")]
+    console = tmp_path / f"bmsn-{command}"  # as pip writes it for what pyproject.toml declares
+    module, _, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        console.name
+    ].partition(":")
+    console.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    for start in [["-m", f"bmsn_zoo.{command}"], [str(console)]] + [[str(ROOT / f"{command}.py")]] * runs:
+        usage = f"python -m bmsn_zoo.{command}" if start[0] == "-m" else Path(start[0]).name
+        cases = [(["--help"], 0, f"usage: {usage} ")]
         if runs:
             cases += [
                 (["--epoch", "3"], 2, "error: unknown argument '--epoch': did you mean --epochs?\n"),
@@ -258,6 +265,11 @@ def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path
             )
             assert done.returncode == code
             assert (done.stdout or done.stderr).startswith(expected)
+            if code == 0:
+                launched = "accelerate launch " * runs
+                prefix = f"{launched or 'python '}-m bmsn_zoo." if start[0] == "-m" else "bmsn-"
+                prefix = launched if start[0].endswith(".py") else prefix
+                assert f"\n  {prefix}{command}" in done.stdout.partition("example:")[2]
 
 
 def test_import_is_light_and_offline():
