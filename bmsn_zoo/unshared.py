@@ -32,7 +32,7 @@ class UnsharedSupernet(nn.Module):
             later.reset_classifier(0)
             if same_start:
                 later.load_state_dict({name: first.state_dict()[name] for name in later.state_dict()})
-        self.set_layout(first.layout)
+        self.set_layout((Layout.parse(first.layout).num_units,))  # it may have more scales than there are sets
 
     @property
     def layout(self) -> str:
