@@ -191,7 +191,7 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
         names: run folders, or searches on the Hub, see `hub.load_search`.
     """
     results = [hub.load_search(name) for name in names]
-    scores = [{Layout.parse(entry.layout): entry.accuracy for entry in result.ranking} for result in results]
+    scores = [{Layout.parse(layout): value for layout, value in result.values.items()} for result in results]
     cells = [["run", "strategy", "M", "found", "score", "agree", "tau", "regret", "front", "accuracy", "10^15"]]
     for name, result, own in zip(names, results, scores, strict=True):
         found = (result.default if result.undecided else None) or result.best

@@ -259,7 +259,7 @@ class Ranking(Record):
     @property
     def ranked_by(self) -> str:
         """What `values` are."""
-        return "score-split accuracy" if self.probability is None else "probability, accuracy aside"
+        return "score-split accuracy" if self.probability is None else "learned probability"
 
     @property
     def values(self) -> dict[str, float]:
