@@ -264,6 +264,18 @@ class TrainConfig(DataConfig):
     alternate_flip: bool = setting(False, "mirror every image in every second epoch instead of at random")
     onnx: bool = setting(False, "also write the network as model/model.onnx", environment=True)
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
+    holdout_seed: int | None = setting(
+        None,
+        "seed that chooses those; that of a search and --holdout 0.5 make its two halves; the run's own",
+        0,
+        2**31 - 1,
+    )
+    measure: str = setting(
+        "test",
+        "images that the result is measured on: test, or holdout, the held-out ones, once at the end: the test images "
+        "stay closed, and no model is made that could be published",
+        choices=("test", "holdout"),
+    )
 
 
 def _options(values: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from . import runtime
 from .card import percent
@@ -43,7 +43,12 @@ def full_float32() -> Iterator[None]:
 @torch.no_grad()
 @full_float32()
 def evaluate(
-    model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float], accelerator: Accelerator
+    model: nn.Module,
+    images: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    accelerator: Accelerator,
+    right: Tensor | None = None,
 ) -> dict[str, float]:
     """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
 
@@ -53,15 +58,21 @@ def evaluate(
         mean: of every channel, a fraction of full brightness.
         std: of every channel.
         accelerator: whose device and processes to use.
+        right: zeros (N,) on its device, which become 1 where an image is classified correctly.
     """
     model.eval()
     order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
     order = order[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
-    for pixels, labels in images.batches(order, accelerator.device):
+    for positions, (pixels, labels) in zip(order, images.batches(order, accelerator.device), strict=True):
         logits = model(normalise(pixels, mean, std)).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([(logits.argmax(1) == labels).sum(), loss])
+        correct = logits.argmax(1) == labels
+        sums += torch.stack([correct.sum(), loss])
+        if right is not None:
+            right[torch.from_numpy(positions).to(right.device)] = correct.to(right.dtype)
+    if right is not None:
+        right.copy_(accelerator.reduce(right, "sum"))
     correct, loss = accelerator.reduce(sums, "sum").tolist()
     return {"accuracy": correct / len(images), "loss": loss / len(images)}
 

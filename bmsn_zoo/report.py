@@ -8,11 +8,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .card import percent, ranked_rows
+from .card import percent, ranked_rows, standard_error
 from .command import run_command
 from .errors import InputError
 from .files import read_text
-from .results import Entry, SearchResult, TrainResult, fault
+from .results import Entry, SearchResult, TrainResult, TrialResult, fault
 from .usage import parser_of, start_of
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
@@ -196,6 +196,14 @@ def print_pushed(address: str) -> None:
 
 def print_training(folder: Path) -> None:
     """Print what a training reached and how to load it."""
+    if (folder / "trial.json").exists():
+        trial = TrialResult.read(folder / "trial.json")
+        images, error = trial.holdout_images, standard_error(trial.holdout_accuracy, trial.holdout_images)
+        sys.stdout.write(
+            f"layout {trial.layout}: accuracy {percent(trial.holdout_accuracy)} ± {100 * error:.2f} on {images} "
+            f"held-out training images (no test accuracy), {trial.epochs} epochs\nresult: {folder}\n"
+        )
+        return
     metrics = TrainResult.read(folder / "metrics.json")
     sys.stdout.write(
         f"layout {metrics.layout}: test accuracy {percent(metrics.test_accuracy)} on "
@@ -213,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         for folder in parser.parse_args(argv).run:
-            if (folder / "metrics.json").exists():  # beside it, search.json is where the layout comes from
+            if any(
+                (folder / name).exists() for name in ("metrics.json", "trial.json")
+            ):  # beside it, search.json is where the layout comes from
                 draw_training(folder)
                 print_training(folder)
             elif (folder / "search.json").exists():

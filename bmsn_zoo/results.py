@@ -336,3 +336,24 @@ class TrainResult(Run):
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     settings: Annotated[Settings, _checked(TrainConfig)]
     dataset: TrainDataset
+
+
+class TrialResult(Run):
+    """Result of a trial: a training measured on held-out training images, the test images being closed.
+
+    Attributes:
+        holdout_accuracy: on all held-out training images, a fraction; no test accuracy.
+        holdout_loss: mean cross-entropy on them, nats.
+        macs: multiply-accumulates for one image.
+        spent_macs: those of the whole training, three times the forward's, and of the evaluation.
+    """
+
+    model: str
+    layout: LayoutText
+    holdout_accuracy: Fraction
+    holdout_loss: float
+    holdout_images: Annotated[int, Field(ge=1, lt=2**63)]
+    macs: Count
+    spent_macs: Count
+    train_images: Count
+    settings: Annotated[Settings, _checked(TrainConfig)]

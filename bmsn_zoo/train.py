@@ -41,7 +41,7 @@ from .layout import Layout
 from .model_folder import save_model
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
-from .results import SearchResult, TrainDataset, TrainResult
+from .results import DatasetRecord, SearchResult, TrainDataset, TrainResult, TrialResult
 from .run_folder import (
     RunFolder,
     find_latest_search,
@@ -49,6 +49,7 @@ from .run_folder import (
     load_training_state,
     open_run,
     resolve_config,
+    save_tensors,
     save_training_state,
 )
 from .search_space import SearchSpace
@@ -61,7 +62,7 @@ _INHERITED = [*_DATA, "test_split", "in_chans", "model", "flip", "crop_padding"]
 
 
 def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
-    """Train one layout from scratch on all training images, then evaluate the test images once.
+    """Train one layout from scratch on all training images, then evaluate the test images once; or see `measure`.
 
     Args:
         config: see `TrainConfig`; `layout` is what is trained.
@@ -69,7 +70,8 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         resume: continue the run in `output` after its last whole epoch.
 
     Returns:
-        the folder, which holds `model/`, `metrics.json`, the metrics of every epoch and pictures.
+        the folder, which holds `model/`, `metrics.json`, the metrics of every epoch and pictures; or, if it is
+            measured on held-out images, `trial.json` and which of them are classified correctly.
 
     Raises:
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
@@ -92,6 +94,11 @@ class _Training:
         self.found = hub.load_search(config.from_search) if config.from_search else None
         if self.found and str(self.layout) not in self.found.layouts:
             raise InputError(f"layout {self.layout} is none of those that the search {config.from_search} ranked")
+        self.is_trial = config.measure == "holdout"
+        if self.is_trial and not config.holdout:
+            raise InputError("measure holdout needs images that are held out: give --holdout 0.5")
+        if self.is_trial and config.onnx:
+            raise InputError("measure holdout makes no model: leave out --onnx")
         if config.onnx:
             require_onnx()
 
@@ -99,13 +106,15 @@ class _Training:
         self.space.backbone.check(self.layout, self.source.image_size)
         with PartialState().local_main_process_first():
             # the test images too: what is wrong with them must not be found after the whole training
-            self.data, self.test = self.source.train(), self.source.test(check=accelerator.is_main_process)
+            self.data = self.source.train()
+            self.test = None if self.is_trial else self.source.test(check=accelerator.is_main_process)
         if accelerator.is_main_process:
             _log.info(self.source.summary())
         self.images, self.holdout = self.data.images.near(self.device), None
         if config.holdout:
             labels, what = self.data.images.labels.numpy(), "a held-out part and the training images"
-            parts = stratified_split(labels, config.holdout, config.seed, what, self.data.label_names)
+            seed = config.seed if config.holdout_seed is None else config.holdout_seed
+            parts = stratified_split(labels, config.holdout, seed, what, self.data.label_names)
             self.images, self.holdout = map(self.images.select, parts)
         if config.batch_size > len(self.images):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.images)} images: use less")
@@ -122,7 +131,7 @@ class _Training:
         self.criterion = SoftTargetCrossEntropy() if config.mixup or config.cutmix else hard
 
     def run(self) -> None:
-        """All epochs, then the one look at the test images."""
+        """All epochs, then the one look at the images that the result is measured on."""
         config, accelerator, folder = self.config, self.accelerator, self.folder
         segment = {**runtime.describe(accelerator), "command": sys.argv}
         folder.begin(config, segment, self.source.identity(self.data))
@@ -168,9 +177,16 @@ class _Training:
 
         final = create_network(config, self.layout, self.data).to(self.device)
         final.load_state_dict(self.final.state_dict())
-        measured = evaluate(final, self.test.images, self.data.mean, self.data.std, accelerator)
+        images = self.test.images if self.test else self.holdout
+        assert images is not None
+        right = torch.zeros(len(images), dtype=torch.uint8, device=self.device)
+        measured = evaluate(final, images, self.data.mean, self.data.std, accelerator, right)
         if accelerator.is_main_process:
-            self._write_result(final.cpu().eval(), measured)
+            folder.touch()
+            if self.is_trial:
+                self._write_trial(measured, right)
+            else:
+                self._write_result(final.cpu().eval(), measured)
         accelerator.wait_for_everyone()
 
     def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -201,7 +217,7 @@ class _Training:
     def _describe_epoch(self, epoch: int, means: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `means` are the loss and the accuracy on augmented training images."""
         config, held = self.config, dict[str, float]()
-        if self.holdout is not None:
+        if self.holdout is not None and not self.is_trial:
             with self.accelerator.autocast():
                 held = evaluate(self.final, self.holdout, self.data.mean, self.data.std, self.accelerator)
         seconds = time.monotonic() - started
@@ -218,29 +234,49 @@ class _Training:
             "seconds": round(seconds, 2),
         }
 
+    def _about(self) -> dict[str, Any]:
+        """What every result says of its training."""
+        config = self.config
+        return {
+            **self.folder.summary(),
+            "recipe": config.recipe,
+            "settings": config.settings(),
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "model": config.model,
+            "layout": str(self.layout),
+            "macs": self.space.macs(self.layout, self.source.image_size, config.in_chans),
+            "train_images": len(self.images),
+        }
+
+    def _write_trial(self, measured: dict[str, float], right: Tensor) -> None:
+        """Write trial.json, and which of the held-out images are classified correctly."""
+        about, folder, images = self._about(), self.folder, len(right)
+        save_tensors(folder.path / "right.safetensors", {"right": right})
+        trained = self.config.epochs * self.epoch_steps * self.config.batch_size
+        TrialResult(
+            **about,
+            holdout_accuracy=measured["accuracy"],
+            holdout_loss=measured["loss"],
+            holdout_images=images,
+            spent_macs=(3 * trained + images) * about["macs"],
+            dataset=DatasetRecord(**self.source.describe(self.data)),
+        ).write(folder.path / "trial.json")
+        folder.finish()
+
     def _write_result(self, final: PoolingResNet, measured: dict[str, float]) -> None:
         """Write metrics.json and the model folder; read the model back, and compare."""
-        config, source, data, folder = self.config, self.source, self.data, self.folder
-        folder.touch()
-        dataset = TrainDataset(
-            **source.describe(data), test_split=source.test_split, test_fingerprint=self.test.fingerprint
-        )
+        config, source, data, folder, test = self.config, self.source, self.data, self.folder, self.test
+        assert test is not None
+        dataset = TrainDataset(**source.describe(data), test_split=source.test_split, test_fingerprint=test.fingerprint)
         result = TrainResult(
-            **folder.summary(),
-            recipe=config.recipe,
-            settings=config.settings(),
-            seed=config.seed,
-            epochs=config.epochs,
-            model=config.model,
-            layout=str(self.layout),
+            **self._about(),
             test_accuracy=measured["accuracy"],
             test_loss=measured["loss"],
-            test_images=len(self.test.images),
+            test_images=len(test.images),
             test_precision="fp32",
-            macs=self.space.macs(self.layout, source.image_size, config.in_chans),
             parameters=sum(p.numel() for p in final.parameters()),
             runs=1,
-            train_images=len(self.images),
             dataset=dataset,
         )
         result.write(folder.path / "metrics.json")
@@ -337,6 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
         path = Path(output) if output else None
         config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
+        if target and config.measure == "holdout":
+            raise InputError("measure holdout makes no model to push: leave out --push-to-hub")
         folder = train(config, path, resume)
         if PartialState().is_main_process:
             report.print_training(folder)
