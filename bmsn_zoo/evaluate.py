@@ -4,10 +4,8 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -15,10 +13,10 @@ from torch import Tensor, nn
 from . import runtime
 from .card import percent
 from .command import run_command
-from .config import TrainConfig, build_config, shipped_folder, with_reachable_data
+from .config import TrainConfig, build_config, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
-from .model_folder import load_model
+from .model_folder import load_model, model_folder
 from .results import TrainResult
 from .usage import parser_of
 
@@ -90,10 +88,7 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     Raises:
         InputError: if there is no such model, or its data set cannot be read.
     """
-    zoo, folder = shipped_folder("hub_configs") / name, Path(name)
-    folder = (
-        zoo if timm.is_model(name) and zoo.is_dir() else folder / "model" if (folder / "model").is_dir() else folder
-    )
+    folder = model_folder(name)
     model = load_model(folder)
     result = TrainResult.read(folder / "metrics.json")
     settings = {**with_reachable_data(result.settings), "limit": None, "mixed_precision": "no"}

@@ -82,6 +82,14 @@ def _for_every_client(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def model_folder(name: str) -> Path:
+    """Folder of a model of the zoo, by its name, or of the model that a run folder holds; else the name as a path."""
+    zoo, folder = shipped_folder("hub_configs") / name, Path(name)
+    if timm.is_model(name) and zoo.is_dir():
+        return zoo
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
 def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
     """Load a model folder as timm does, in evaluation mode, and check that its files agree.
 

@@ -25,6 +25,7 @@ _ABOUT = {
     "train": "Train one pooling layout from scratch.",
     "hub": "Push models and searches to the Hugging Face Hub, and add found models to the zoo.",
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
+    "predict": "Print the most probable labels of images.",
     "compare": "Compare finished searches with each other, or play all strategies on a table of published accuracies.",
     "report": "Draw the pictures of runs, and print their tables.",
 }
@@ -33,6 +34,7 @@ _EXAMPLES = {
     "train": "--from-search runs/photos --pick best_within_default_macs",
     "hub": "push runs/photos-trained my-name/photos",
     "evaluate": "bmsn_resnet20_cifar10",
+    "predict": "runs/photos-trained photo.jpg more_photos",
     "compare": "runs/photos-seed0 runs/photos-seed1",
     "report": "runs/photos",
 }
@@ -57,6 +59,10 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     if command == "evaluate":
         parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
         parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
+    elif command == "predict":
+        parser.add_argument("model", help="of the zoo, a model folder, the run folder of a training, or USER/REPO")
+        parser.add_argument("image", nargs="+", type=Path, help="an image, or a folder of images")
+        parser.add_argument("--top", type=int, default=5, metavar="N", help="labels for each image (default: 5)")
     elif command == "compare":
         parser.add_argument(
             "run", nargs="*", metavar="RUN_FOLDER", help="of a finished search; or USER/REPO on the Hub"

@@ -240,7 +240,7 @@ def test_full_disk_is_one_line(image_folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("command", ["search", "train", "hub", "evaluate", "report", "compare"])
+@pytest.mark.parametrize("command", ["search", "train", "hub", "evaluate", "report", "compare", "predict"])
 def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path):
     """No time is measured: what takes it is not imported."""
     runs = command in ("search", "train")

@@ -1,0 +1,109 @@
+"""Labels for images, by a model of the zoo, a model folder or a model on the Hub: python -m bmsn_zoo.predict"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import nn
+
+from .command import run_command
+from .data import normalise
+from .data.pixels import to_pixels
+from .errors import InputError, first_line
+from .evaluate import full_float32
+from .files import one_line
+from .model_folder import load_model, model_folder
+from .usage import parser_of
+
+_BATCH = 64
+
+
+def load_any(name: str) -> nn.Module:
+    """A trained network in evaluation mode: one of the zoo, of a folder of ours, or of the Hub.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
+    folder = model_folder(name)
+    if folder.is_dir():
+        return load_model(folder)
+    with one_line(f"model {name!r}", "is neither in the zoo nor a model folder, nor can timm load it from the Hub"):
+        return timm.create_model(f"hf-hub:{name.removeprefix('hf-hub:')}", pretrained=True).eval()
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and all images below the folders named, by the endings of their names.
+
+    Raises:
+        InputError: if a path does not exist, or a folder holds no images.
+    """
+    endings, found = Image.registered_extensions(), list[Path]()
+    for path in paths:
+        inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+        if not inside:
+            raise InputError(f"{path} {'holds no images' if path.is_dir() else 'does not exist'}")
+        found += inside
+    return found
+
+
+@torch.no_grad()
+@full_float32()
+def predict(model: nn.Module, files: Sequence[Path], top: int = 5) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """The most probable labels of images, with their probabilities, best first.
+
+    An image becomes the network's input as the images of its training did, see `data.pixels.to_pixels`; where a
+    network of timm looks at a part of the image (`crop_pct`), the middle of a larger square.
+
+    Args:
+        model: in evaluation mode; its `pretrained_cfg` says what it takes, and how its classes are called.
+        files: images.
+        top: labels for each.
+
+    Raises:
+        InputError: for an image that cannot be read.
+    """
+    cfg: Any = model.pretrained_cfg
+    chans, size = cfg["input_size"][0], cfg["input_size"][-1]
+    side = int(size / (cfg.get("crop_pct") or 1))
+    start, names, device = (side - size) // 2, cfg.get("label_names"), PartialState().device
+    model = model.to(device)
+    for first in range(0, len(files), _BATCH):
+        group, pixels = files[first : first + _BATCH], []
+        for file in group:
+            try:
+                with Image.open(file) as image:
+                    square = to_pixels(image, side, chans)
+            except Exception as error:  # decoders of damaged files raise anything
+                reason = first_line(error) or type(error).__name__
+                raise InputError(f"{file} cannot be read as an image: {reason}") from None
+            pixels.append(torch.from_numpy(square[start : start + size, start : start + size].copy()))
+        logits = model(normalise(torch.stack(pixels).to(device), cfg["mean"], cfg["std"])).float()
+        best = logits.softmax(1).topk(min(top, logits.shape[1]))
+        for file, shares, classes in zip(group, best.values.tolist(), best.indices.tolist(), strict=True):
+            labels = [str(names[index]) if names else f"class {index}" for index in classes]
+            yield file, list(zip(labels, shares, strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = parser_of("predict")
+
+    def run() -> None:
+        given = parser.parse_args(argv)
+        if given.top < 1:
+            raise InputError(f"top {given.top} is too small: it must be at least 1")
+        files = find_images(given.image)
+        for file, labels in predict(load_any(given.model), files, given.top):
+            told = "  ".join(f"{' '.join(label.split())} {100 * share:.1f} %" for label, share in labels)
+            sys.stdout.write(f"{file}  {told}\n")
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
