@@ -1,12 +1,12 @@
 """Searches played on a table of published accuracies, in seconds and without images.
 
-The accuracy of a layout under any supernet of a mixture of M is the published one, from the first
-step to the last, with the binomial noise of the images that measure it: batches of 128 in steps, half the training
-images in the end. So a play shows what a strategy makes of noisy scores and what that costs, not how training changes
-what layouts share. Published are balanced mixtures alone: a fixed assignment is played with the accuracies of those of
-its size, searches side by side with those of one supernet. Every supernet is charged the 100 epochs that the published
-ones were trained for; four steps in a row share a draw, and so their score is of four batches. What learns by gradients
-of its own (darts, gaea), or has weights that were not published (unshared), cannot be played.
+The accuracy of a layout under any supernet of a mixture of M is the published one, from the first step to the last,
+with the binomial noise of the images that measure it: batches of 128 in steps, half the training images in the end. So
+a play shows what a strategy makes of noisy scores and what that costs, not how training changes what layouts share.
+Published are balanced mixtures alone: groups that are fixed (fixed, few-shot) are played with the accuracies of a
+mixture of their size, searches side by side with those of one supernet. Every supernet is charged the 100 epochs that
+the published ones were trained for; ten steps in a row share a draw, and so their score is of ten batches. What learns
+by gradients of its own (darts, gaea), or has weights that were not published (unshared), cannot be played.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .strategies import create_strategy
 
 _IMAGES, _SIDE = 50_000, 32  # of CIFAR-10, for training; half of them train weights, the others score
 _BATCH, _EPOCHS, _STANDALONE_EPOCHS = 128, 100, 200  # as published
-_STEPS = 4  # to a draw, so that a play takes seconds
+_STEPS = 10  # to a draw, so that a play takes seconds
 
 
 class Played(NamedTuple):
@@ -77,11 +77,12 @@ def play(method: str, table: Table, space: SearchSpace, config: SearchConfig) ->
     """
     strategy, rng = create_strategy(space, config), np.random.default_rng((config.seed, 11))
     supernets = config.mixture_size
-    published = table.supernet[supernets if config.strategy in ("balanced", "fixed") else 1]
+    published = table.supernet[supernets if config.strategy in ("balanced", "fixed", "few-shot") else 1]
     truth, macs = np.array([published[layout] for layout in space]), list(macs_of(space).values())
     budget = supernets * _EPOCHS * (_IMAGES // 2 // _BATCH) * _BATCH * 4 * float(np.mean(macs))
     images, spent, step = _STEPS * _BATCH, 0, 0
     while spent < budget:
+        getattr(strategy, "splits", bool)(spent / budget)
         draw = strategy.draw(step, spent / budget, range(supernets))
         scores = rng.binomial(images, truth[draw.layout], supernets if strategy.scores_all else 1) / images
         strategy.update(draw, scores.tolist())

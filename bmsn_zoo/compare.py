@@ -38,6 +38,7 @@ _PLAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mcts", {"strategy": "mcts", "mixture_size": 1, "uniform_share": 0}),
     ("mcts warm", {"strategy": "mcts", "mixture_size": 1}),
     ("fixed", {"strategy": "fixed", "mixture_size": 4}),
+    ("few-shot", {"strategy": "few-shot", "mixture_size": 4}),
     ("balanced", {"strategy": "balanced", "mixture_size": 2}),
     ("balanced", {"strategy": "balanced", "mixture_size": 4}),
 )

@@ -139,14 +139,14 @@ class SearchConfig(DataConfig):
     )
     strategy: str = setting(
         "balanced",
-        "who is trained next: balanced, uniform, fixed, boltzmann, mcts, unshared; or relaxed: darts, gaea",
+        "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea",
     )
     draws: str = setting(
         "random",
         "layouts that are drawn uniformly: random, or permutation, every layout once before any again",
         choices=("random", "permutation"),
     )
-    uniform_share: float = setting(0.4, "boltzmann, mcts: share of the search that draws uniformly first", 0, 1)
+    uniform_share: float = setting(0.4, "boltzmann, mcts, few-shot: share of the search that draws uniformly", 0, 1)
     exploration: float = setting(0.5, "mcts: weight of what was seldom visited against what scored well", 0, 1e4)
     mcts_momentum: float = setting(0.95, "mcts: share of a node's old value kept at an update", 0, 1)
     mcts_temperature: float = setting(0.0, "mcts: 0 visits the best child, more draws from a softmax over this", 0, 1e4)

@@ -206,7 +206,12 @@ class OneShotSearch:
 
     def learning_rate(self, step: int, power: float | None = None) -> float:
         """Rate of a step, for `power` see `optimizer.learning_rate`."""
-        return learning_rate(self.config, self.epoch_steps, self.spending.position(step), self.spending.last, power)
+        position, last = self.spending.position(step), self.spending.last
+        if (split := last * getattr(self.strategy, "split_at", 0)) and position < split:
+            last = split
+        else:  # a schedule of its own after a split
+            position, last = position - split, last - split
+        return learning_rate(self.config, self.epoch_steps, position, last, power)
 
     def _title(self, epoch: int) -> str:
         if self.config.epochs:

@@ -57,6 +57,7 @@ class _Search(OneShotSearch):
         super().__init__(config, folder, accelerator)
         config = self.config  # as the images complete it
         self.strategy = create_strategy(self.space, config)
+        self.splits = getattr(self.strategy, "splits", lambda progress: False)
         self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
@@ -79,6 +80,13 @@ class _Search(OneShotSearch):
         self.optimizers[f"supernet-{supernet}-quarter-{quarter}"] = optimizer
         return trainer._replace(optimizer=optimizer)
 
+    def _copy_first(self) -> None:
+        """Make all supernets copies of the first one, whose optimizers start anew."""
+        weights = self.trainers[0].supernet.state_dict()
+        for trainer in (each for quarters in self.quarters.values() for each in quarters):
+            trainer.supernet.load_state_dict(weights)
+            trainer.optimizer.optimizer.state.clear()
+
     def run(self) -> None:
         """All epochs, or what the budget pays for, then the last evaluation of every layout under every supernet."""
         config, accelerator, role, spending = self.config, self.accelerator, self.role, self.spending
@@ -92,6 +100,8 @@ class _Search(OneShotSearch):
             for step, batch, score_batch in bar:
                 self.evaluate_late(spending.late_due(step))
                 progress = spending.progress(step)
+                if self.splits(progress):
+                    self._copy_first()
                 draw = self.strategy.draw(step, progress, role.owned)
                 trainer = self.quarters[draw.supernet][self.quarter[draw.layout]]
                 set_learning_rate(trainer.optimizer, self.learning_rate(step, self.powers[draw.layout]))

@@ -1,5 +1,7 @@
 """Who is trained next: the balanced mixture, what it is compared with, and strategies of one's own."""
 
+import copy
+import itertools
 import json
 
 import numpy as np
@@ -373,7 +375,7 @@ def test_tree_search_prefers_what_scores_well_and_smooths():
 
 
 @pytest.mark.parametrize("draws", ["random", "permutation"])
-@pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts"])
+@pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts", "few-shot"])
 def test_any_strategy_goes_on_bit_for_bit(name, draws):
     settings = {"mixture_size": 3, "draws": draws, "seed": 7}
     made, again = made_of(name, **settings), made_of(name, **settings)
@@ -386,6 +388,44 @@ def test_any_strategy_goes_on_bit_for_bit(name, draws):
     assert not torch.equal(state["draws"], made.state["draws"]), "the state is a copy"
     with pytest.raises(ValueError, match="a state of shape"):
         made_of(name, mixture_size=2).load_state_dict(state)
+
+
+def test_few_shot_splits_once_into_groups_of_similar_layouts():
+    made, split = made_of("few-shot", mixture_size=4), []
+    for step in range(1000):
+        split.append(made.splits(step / 1000))
+        draw = made.draw(step, step / 1000, ALL)
+        made.update(draw, [0.5])
+        assert draw.supernet == (made.own[draw.layout] if step >= 400 else 0)
+    assert [step for step, now in enumerate(split) if now] == [400]
+    assert np.bincount(made.own).tolist() == [9] * 4
+    cuts = [sum(np.cumsum(layout.units_per_scale)[:-1]) for layout in SPACE]  # their sum orders mean log resolutions
+    groups = [[cut for cut, own in zip(cuts, made.own, strict=True) if own == m] for m in ALL]
+    assert all(max(low) <= min(high) for low, high in itertools.pairwise(groups))
+    assert agrees(made.state["draws"].sum(1).numpy(), np.ones(36))
+    with pytest.raises(InputError, match="few-shot copies one supernet to all others: use --parallel data"):
+        made_of("few-shot", mixture_size=4, parallel="mixture")
+
+
+def test_a_split_copies_the_first_supernet_and_starts_rates_anew(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("bmsn_zoo.report.draw_search", lambda folder: None)
+    seen, rates, copy_first = [], [], search._Search._copy_first
+
+    def watch(self):
+        copy_first(self)
+        seen.append([copy.deepcopy(trainer.supernet.state_dict()) for trainer in self.trainers.values()])
+
+    def noted(optimizer, rate):
+        rates.append(rate)
+
+    monkeypatch.setattr(search._Search, "_copy_first", watch)
+    monkeypatch.setattr(search, "set_learning_rate", noted)
+    settings = ["--dataset", str(image_folder), "--batch-size", "4", "--mixture-size", "2", "--epochs", "1"]
+    settings += ["--default-layout", "5-5", "--mixed-precision", "no", "--uniform-share", "0.5", "--strategy"]
+    assert search.main([*settings, "few-shot", "--output", str(tmp_path / "run")]) == 0
+    (weights,) = seen
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert rates[0] == 0.1 and rates[3] < 0.01 < 0.09 < rates[4] and rates[-1] == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts"])
@@ -403,7 +443,9 @@ def test_owners_of_any_strategy_exchange_what_they_learned(name):
 
 
 @pytest.mark.parametrize(
-    "strategy", [["uniform", "--draws", "permutation"], ["fixed"], ["boltzmann"], ["mcts"]], ids=lambda words: words[0]
+    "strategy",
+    [["uniform", "--draws", "permutation"], ["few-shot"], ["boltzmann"], ["mcts"]],
+    ids=lambda words: words[0],
 )
 def test_a_search_by_any_strategy_that_was_killed_goes_on_bit_for_bit(strategy, image_folder, tmp_path, monkeypatch):
     settings = ["--dataset", str(image_folder), "--batch-size", "4", "--mixture-size", "2", "--epochs", "2"]
@@ -436,6 +478,6 @@ def test_a_search_by_any_strategy_that_was_killed_goes_on_bit_for_bit(strategy, 
         assert getattr(one, key) == getattr(other, key)
     assert (whole / "supernets.safetensors").read_bytes() == (killed / "supernets.safetensors").read_bytes()
     assert sum(map(sum, one.details["draws"])) == 16
-    if strategy[0] == "fixed":
+    if strategy[0] == "few-shot":
         own = [row.index(1) for row in one.assignment_matrix]
         assert all(entry.supernet == own[one.layouts.index(entry.layout)] for entry in one.ranking)

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..search_space import SearchSpace
 from .balanced import BalancedMixture
 from .boltzmann import Boltzmann
+from .few_shot import FewShot
 from .fixed import Fixed
 from .mcts import TreeSearch
 from .paired import PairedMixture
@@ -23,6 +24,7 @@ STRATEGIES: dict[str, Callable[[SearchSpace, SearchConfig], Strategy]] = {
     "fixed": Fixed,
     "boltzmann": Boltzmann,
     "mcts": TreeSearch,
+    "few-shot": FewShot,
     "unshared": Uniform,  # of supernets whose units have weights for each resolution, see `config.sharing_of`
 }
 

@@ -19,6 +19,9 @@ class Strategy(Protocol):
     Attributes:
         scores_all: whether every supernet is scored with the drawn layout, on the same images, not the drawn one alone.
         own: the supernet that alone says in the end how good each layout is; None if that is the best of all.
+
+    A strategy may also have `split_at`, the progress where its search begins anew, and `splits(progress)`, true once
+    from there on: then all supernets become copies of the first one, and learning rates start again.
     """
 
     scores_all: bool
