@@ -7,7 +7,17 @@ from .layout import Layout
 usage.answer_early()  # before what takes seconds to import
 
 from .models import PoolingResNet, layout_of, relayout  # noqa: E402
-from .search_space import BACKBONES, Backbone, SearchSpace  # noqa: E402
+from .search_space import BACKBONES, Backbone, SearchSpace, backbone_of  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["BACKBONES", "Backbone", "InputError", "Layout", "PoolingResNet", "SearchSpace", "layout_of", "relayout"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "InputError",
+    "Layout",
+    "PoolingResNet",
+    "SearchSpace",
+    "backbone_of",
+    "layout_of",
+    "relayout",
+]

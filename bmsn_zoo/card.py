@@ -15,7 +15,7 @@ from .export import preparation
 from .files import write_text
 from .layout import Layout
 from .results import Entry, SearchResult, Segment, TrainResult
-from .search_space import BACKBONES
+from .search_space import backbone_of
 
 SOME_NAME = "YOUR_NAME/THIS_REPOSITORY"  # stands for the Hub id of a folder that was not pushed yet
 _UNLICENSED = ("uoft-cs/cifar10", "uoft-cs/cifar100")  # the Hub lists them as unknown
@@ -47,7 +47,7 @@ def write_card(
     """
     result = portable(TrainResult.read(folder / "metrics.json"))
     search = SearchResult.read(folder / "search.json") if (folder / "search.json").exists() else None
-    data, backbone = result.dataset, BACKBONES[result.model]
+    data, backbone = result.dataset, backbone_of(result.model)
     layouts = (Layout.parse(result.layout), backbone.default_layout)
     sizes = [backbone.resolutions(layout, data.image_size) for layout in layouts]
     text = _render(
@@ -128,7 +128,7 @@ def _chosen(result: TrainResult, search: SearchResult | None) -> str:
     named = search is not None and not search.undecided and pick in ("best", "best_within_default_macs")
     if search and named and search.pick(pick).layout == result.layout:
         return "best" if search.best.layout == result.layout else pick
-    return "usual" if result.layout == str(BACKBONES[result.model].default_layout) else "hand"
+    return "usual" if result.layout == str(backbone_of(result.model).default_layout) else "hand"
 
 
 def _hardware(segments: Sequence[Segment]) -> str:

@@ -60,7 +60,10 @@ class DataConfig(BaseModel):
     )
     in_chans: int = setting(3, "channels of the network input: 3 for colour, 1 for gray", choices=(1, 3))
     limit: int | None = setting(None, "use only this many training images, class-stratified", 2)
-    model: str = setting("bmsn_resnet20", "timm name of the backbone")
+    model: str = setting(
+        "bmsn_resnet20",
+        "bmsn_resnet20, bmsn_resnet18, bmsn_resnet50, or the name of a ResNet in timm, such as resnet50d",
+    )
     seed: int = setting(0, "seed of everything random", 0, 2**31 - 1)
     flip: bool = setting(True, "mirror training images at random")
     crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0, 256)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .errors import InputError, first_line
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -61,8 +62,14 @@ def relaxed_macs(backbone: "Backbone", levels: int, image_size: int, in_chans: i
 @cache
 def _row(backbone: "Backbone", in_chans: int, unit: int, shape: torch.Size, downsample: bool) -> tuple[int, torch.Size]:
     """Multiply-accumulates of one unit for each of two maps of this shape, and the shape of what it makes of them."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        x = _network(backbone, in_chans).forward_unit(torch.empty(shape, device="meta"), unit, downsample)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = _network(backbone, in_chans).forward_unit(torch.empty(shape, device="meta"), unit, downsample)
+    except RuntimeError as error:  # anti-aliased shortcuts round odd sides up, the main path down
+        raise InputError(
+            f"unit {unit + 1} of this model cannot take maps of {shape[-1]} x {shape[-1]} pixels "
+            f"({first_line(error)}): use an image-size whose half, quarter ... are whole numbers"
+        ) from error
     return counter.get_total_flops() // 4, x.shape
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from .errors import InputError, brief
@@ -90,19 +91,32 @@ class Layout:
         return tuple(int(scale > 0 and unit == 0) for scale, n in enumerate(self.units_per_scale) for unit in range(n))
 
     def check(
-        self, num_units: int, image_size: int | None = None, halve: Callable[[int], int] = halve_down
+        self,
+        num_units: int,
+        image_size: int | None = None,
+        halve: Callable[[int], int] = halve_down,
+        stem: Callable[[int], int] = int,
     ) -> "Layout":
         """Return this layout if a backbone of `num_units` units can run it on images of `image_size` pixels.
 
+        Args:
+            halve: what a downsampling makes of a side.
+            stem: what runs before the first unit makes of the image's.
+
         Raises:
-            InputError: if the units do not add up, or the last resolution would be smaller than one pixel.
+            InputError: if the units do not add up, or a downsampling would have no two pixels to make one of.
         """
         if self.num_units != num_units:
             raise InputError(f"layout {self} sums to {self.num_units}, the backbone has {num_units} units")
-        if image_size is not None and min(self.resolutions(image_size, halve)) < 1:
+
+        def fits(size: int) -> bool:
+            sides = self.resolutions(stem(size), halve)
+            return sides[-1] >= 1 and all(sides[unit - 1] > 1 for unit, flag in enumerate(self.flags) if flag)
+
+        if image_size is not None and not fits(image_size):
             raise InputError(
                 f"layout {self} has {self.num_scales} scales, too many for {image_size}-pixel images: "
-                f"use images of at least {2 ** (self.num_scales - 1)} pixels or fewer scales"
+                f"use images of at least {next(filter(fits, count(1)))} pixels or fewer scales"
             )
         return self
 

@@ -236,7 +236,7 @@ class Ranking(Record):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        space = [str(layout) for layout in SearchSpace(self.model).subset(self.layouts)]
+        space = [str(layout) for layout in SearchSpace(self.model, next(iter(self.layouts), None)).subset(self.layouts)]
         if self.layouts != space or sorted(entry.layout for entry in self.ranking) != sorted(space):
             raise ValueError(f"it does not rank the {len(space)} layouts of its search space")
         for name in {"accuracy_matrix", "assignment_matrix", "scores"} & set(type(self).model_fields):

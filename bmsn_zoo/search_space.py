@@ -1,4 +1,4 @@
-"""`Backbone`: what a searchable network offers; `SearchSpace`: layouts of one, in a fixed order."""
+"""`Backbone`: what a searchable network offers, by a name; `SearchSpace`: layouts of one, in a fixed order."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -27,6 +27,7 @@ class Backbone:
         default_layout: where the original network downsamples.
         max_pools: whether a downsampling is a 2x2 max pool on the unit's input, as relaxed searches need it.
         halve: the side in pixels that a downsampling leaves of a side; pools round down, strides up.
+        stem: the side that what runs before the first unit leaves of the image's.
     """
 
     create: Callable[..., Any]
@@ -34,6 +35,7 @@ class Backbone:
     default_layout: Layout
     halve: Callable[[int], int] = halve_down
     max_pools: bool = False
+    stem: Callable[[int], int] = int
 
     @property
     def num_units(self) -> int:
@@ -42,21 +44,37 @@ class Backbone:
 
     def check(self, layout: str | Sequence[int] | Layout, image_size: int | None = None) -> Layout:
         """The layout, if this backbone can run it (on square images of `image_size` pixels); see `Layout.check`."""
-        return Layout.parse(layout).check(self.num_units, image_size, self.halve)
+        return Layout.parse(layout).check(self.num_units, image_size, self.halve, self.stem)
 
     def resolutions(self, layout: Layout, image_size: int) -> tuple[int, ...]:
         """Side of each unit's feature map in pixels, for square images of `image_size` pixels."""
-        return layout.resolutions(image_size, self.halve)
+        return layout.resolutions(self.stem(image_size), self.halve)
 
 
 BACKBONES: dict[str, Backbone] = {}  # by the name of the timm model; each module of models/ enters its own
+OTHERS: list[Callable[[str], Backbone | None]] = []  # those of models/ that make one of other names, None if not theirs
+
+
+def backbone_of(name: str) -> Backbone:
+    """The backbone of a name: one of `BACKBONES`, or any ResNet of timm that `relayout` supports.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    for other in OTHERS:
+        if (backbone := other(name)) is not None:
+            return backbone
+    names = ", ".join(sorted(BACKBONES))
+    raise InputError(f"model {name!r} has no search space: use one of {names}, or a ResNet of timm such as resnet50")
 
 
 class SearchSpace:
     """All layouts of a backbone with a given number of scales, in lexicographic order (1-1-8 first).
 
     Args:
-        backbone: a name in `BACKBONES`.
+        backbone: a name for `backbone_of`.
         default_layout: the layout to compare with; it sets the number of scales. The backbone's own if None.
 
     Raises:
@@ -64,10 +82,8 @@ class SearchSpace:
     """
 
     def __init__(self, backbone: str, default_layout: str | Sequence[int] | Layout | None = None) -> None:
-        if backbone not in BACKBONES:
-            raise InputError(f"model {backbone!r} has no search space: use one of {', '.join(sorted(BACKBONES))}")
         self.name = backbone
-        self.backbone = BACKBONES[backbone]
+        self.backbone = backbone_of(backbone)
         self.default_layout = self.backbone.check(
             self.backbone.default_layout if default_layout is None else default_layout
         )

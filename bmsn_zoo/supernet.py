@@ -1,6 +1,7 @@
 """`Mixture`: M supernets over one search space, and the exhaustive evaluation of their layouts."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -53,12 +54,9 @@ class Mixture:
 
     def extract(self, layout: str | Layout, supernet: int) -> Any:
         """An independent copy of one supernet with one layout; it gives the same logits."""
-        source = self.supernets[supernet]
-        with torch.random.fork_rng(devices=[]):
-            copy = self._create(source.num_classes, source.in_chans)
+        copy = deepcopy(self.supernets[supernet])
         copy.set_layout(layout)
-        copy.load_state_dict(source.state_dict())
-        return copy.train(source.training).to(next(source.parameters()).device)
+        return copy
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights of all supernets, contiguous on the CPU, each name starting with its supernet's index."""

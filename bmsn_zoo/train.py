@@ -17,7 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
-from . import hub, report, runtime
+from . import cost, hub, report, runtime
 from .command import rank, run_command
 from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
@@ -39,7 +39,7 @@ from .evaluate import evaluate
 from .export import require_onnx
 from .layout import Layout
 from .model_folder import save_model
-from .models import PoolingResNet
+from .models import PoolingResNet, create_model
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .results import DatasetRecord, SearchResult, TrainDataset, TrainResult, TrialResult
 from .run_folder import (
@@ -52,7 +52,7 @@ from .run_folder import (
     save_tensors,
     save_training_state,
 )
-from .search_space import SearchSpace
+from .search_space import backbone_of
 from .step import Lag, check_finite
 from .usage import parser_of
 
@@ -89,8 +89,8 @@ class _Training:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
         check_batch_size(config.batch_size, accelerator.num_processes, 2 if config.mixup or config.cutmix else 1)
-        self.space = SearchSpace(config.model, config.layout)
-        self.layout = self.space.default_layout
+        backbone = backbone_of(config.model)
+        self.layout = backbone.check(backbone.default_layout if config.layout is None else config.layout)
         self.found = hub.load_search(config.from_search) if config.from_search else None
         if self.found and str(self.layout) not in self.found.layouts:
             raise InputError(f"layout {self.layout} is none of those that the search {config.from_search} ranked")
@@ -103,7 +103,7 @@ class _Training:
             require_onnx()
 
         self.source = DataSource(config, torch.get_num_threads())
-        self.space.backbone.check(self.layout, self.source.image_size)
+        self.macs = cost.macs(backbone, self.layout, self.source.image_size, config.in_chans)
         with PartialState().local_main_process_first():
             # the test images too: what is wrong with them must not be found after the whole training
             self.data = self.source.train()
@@ -245,7 +245,7 @@ class _Training:
             "epochs": config.epochs,
             "model": config.model,
             "layout": str(self.layout),
-            "macs": self.space.macs(self.layout, self.source.image_size, config.in_chans),
+            "macs": self.macs,
             "train_images": len(self.images),
         }
 
@@ -313,7 +313,7 @@ class _Training:
 
 def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
     """An untrained network for a data set, its timm configuration included."""
-    return timm.create_model(  # type: ignore[return-value]
+    return create_model(
         config.model,
         layout=str(layout),
         num_classes=len(data.label_names),

@@ -14,14 +14,16 @@ from closeness import close
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import DEFAULT, FOUND
+from small_runs import COMMON, DEFAULT, FOUND, run
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from bmsn_zoo import InputError, Layout
+from bmsn_zoo import search as search_module
+from bmsn_zoo import train as train_module
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.model_folder import MODEL_FILES, add, load_model, save_model
 from bmsn_zoo.models.found import _register_all, register_folder
-from bmsn_zoo.results import TrainResult
+from bmsn_zoo.results import SearchResult, TrainResult
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
@@ -241,3 +243,28 @@ def test_a_folder_is_whole_and_says_nothing_of_its_machine(name, folder, runs):
         text = (folder / file).read_text() if file in present else ""
         assert "/tmp/" not in text
         assert "../" not in text
+
+
+@pytest.mark.timeout(240)
+def test_a_resnet_of_timm_is_searched_trained_and_becomes_a_model_of_the_zoo(tmp_path, image_folder):
+    search, train, zoo = (tmp_path / name for name in ("search", "train", "zoo"))
+    model = ["--model", "test_resnet.r160_in1k"]
+    data = ["--dataset", image_folder, *COMMON]
+    small = ["--default-layout", "2-2", "--mixture-size", 2]
+    assert run(search_module, *data, *model, *small, "--output", search) == 0
+    found = SearchResult.read(search / "search.json")
+    assert found.layouts == ["1-3", "2-2", "3-1"]
+    assert found.model == model[1]
+    assert run(train_module, "--from-search", search, "--pick", "3-1", *COMMON, "--output", train) == 0
+    network = load_model(train / "model")
+    assert (type(network).__name__, network.layout) == ("RelaidResNet", "3-1")
+    cfg = network.pretrained_cfg
+    assert cfg["crop_pct"] == 1.0
+    assert not {"tag", "test_input_size", "hf_hub_id", "url"} & {key for key, value in cfg.items() if value}
+
+    shutil.copytree(train / "model", zoo / "bmsn_compass_of_timm")
+    register_folder(zoo / "bmsn_compass_of_timm")
+    same, x = timm.create_model("bmsn_compass_of_timm", pretrained=True).eval(), images(network)
+    assert torch.equal(same(x), network(x))
+    with pytest.raises(InputError, match="has the layout 3-1, not 2-2"):
+        timm.create_model("bmsn_compass_of_timm", layout="2-2")

@@ -118,9 +118,12 @@ def test_strides_round_up():
         return -(-side // 2)
 
     assert Layout((2, 1, 1, 1)).resolutions(28, halve) == (28, 28, 14, 7, 4)
-    assert Layout((1, 1, 1)).check(3, 1, halve).resolutions(1, halve) == (1, 1, 1)
-    with pytest.raises(InputError, match="too many for 0-pixel images"):
-        Layout((1, 1, 1)).check(3, 0, halve)
+    assert Layout((1, 1, 1)).check(3, 3, halve).resolutions(3, halve) == (3, 2, 1)
+    for size in (0, 1, 2):  # of one pixel nothing can be left out
+        with pytest.raises(InputError, match=f"too many for {size}-pixel images: use images of at least 3 pixels"):
+            Layout((1, 1, 1)).check(3, size, halve)
+    with pytest.raises(InputError, match="at least 9 pixels"):
+        Layout((1, 1, 1)).check(3, 8, halve, lambda side: halve(halve(side)))
 
 
 def test_layouts_are_ordered_and_frozen():

@@ -7,7 +7,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bmsn_zoo import BACKBONES, Backbone, InputError, Layout, SearchSpace, cost
+from bmsn_zoo import BACKBONES, Backbone, InputError, Layout, SearchSpace, backbone_of, cost
 from bmsn_zoo.supernet import Mixture, walk_layouts
 
 # millions of multiply-accumulates for one 32x32 image, known before any code was written
@@ -63,6 +63,13 @@ def test_default_layout_sets_the_number_of_scales(name, scales):
     ("name", "default", "message"),
     [
         ("resnet20", None, "'resnet20' has no search space.*bmsn_resnet20"),
+        ("bmsn_resnet20_cifar10", None, "'bmsn_resnet20_cifar10' has no search space"),
+        ("skresnet18", None, "skresnet18 cannot be re-laid: its blocks are of the kind SelectiveKernelBasic"),
+        ("res2net50d", None, "res2net50d cannot be re-laid"),
+        ("resnetv2_50", None, "resnetv2_50 cannot be re-laid: it is a ResNetV2"),
+        ("resnet18.none", None, "'resnet18.none': timm has no such weights: use resnet18.a1_in1k"),
+        ("resnet18", "4-4-5-3", "4-4-5-3 sums to 16, the backbone has 8 units"),
+        ("resnet200", None, "over 20000 layouts"),
         ("", None, "no search space"),
         ("bmsn_resnet20", "4-3-4", "4-3-4 sums to 11"),
         ("bmsn_resnet20", [4, 0, 6], "has 0"),
@@ -224,6 +231,40 @@ def test_any_network_with_units_can_be_searched(strided):
         assert tuple(sizes) == strided.backbone.resolutions(layout, 28)
         assert strided.macs(layout, 28, 1) == counter.get_total_flops() // 2 - 512 * 3
     assert len({tuple(logits.flatten().tolist()) for logits in walked}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "sizes"),
+    [("resnet18", 35, (65, 96)), ("resnet50.a1_in1k", 455, (80,)), ("resnet14t", 1, (66,)), ("resnetblur18", 35, (70,)),
+     ("resnetaa50", 455, (64, 96)), ("resnetrs50", 455, (75,))],
+)  # fmt: skip
+@torch.no_grad()
+def test_any_resnet_of_timm_has_a_space(name, count, sizes):
+    space = SearchSpace(name, "4" if count == 1 else None)
+    assert len(space) == count
+    network, seen = timm.create_model("bmsn_relaid", model=name, device="meta"), []
+    assert str(SearchSpace(name).default_layout) == network.layout
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        for unit in stage:
+            unit.register_forward_hook(lambda _, __, out: seen.append(out.shape[1:3]))
+    for size in sizes:
+        for layout in (space.default_layout, space[0], space[-1]):
+            network.set_layout(layout)
+            seen.clear()
+            with FlopCounterMode(display=False) as counter:
+                network(torch.empty(1, 3, size, size, device="meta"))
+            assert seen == list(zip(space.backbone.channels, space.backbone.resolutions(layout, size), strict=True))
+            head = network.num_features * 1000
+            assert space.macs(layout, size) == counter.get_total_flops() // 2 - head
+
+
+def test_images_that_a_resnet_of_timm_cannot_take_are_refused():
+    backbone = backbone_of("resnet18")
+    assert backbone.check("2-2-2-2", 17)
+    with pytest.raises(InputError, match="too many for 16-pixel images: use images of at least 17 pixels"):
+        backbone.check("2-2-2-2", 16)
+    with pytest.raises(InputError, match=r"cannot take maps of 25 x 25 pixels.*use an image-size"):
+        SearchSpace("resnetaa50").macs(Layout((3, 4, 6, 3)), 100)
 
 
 def test_parameters_of_resnet20(space):

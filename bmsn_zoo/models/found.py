@@ -13,7 +13,7 @@ from ..config import shipped_folder
 from ..errors import InputError
 from ..files import read_json
 from ..layout import Layout
-from ..search_space import BACKBONES
+from ..search_space import backbone_of
 from .pooling_resnet import tuples
 
 __all__ = ["register_folder"]
@@ -38,7 +38,7 @@ def register_folder(folder: Path) -> None:
     try:
         config = read_json(folder / "config.json")
         backbone, defaults = config["architecture"], dict(config["model_args"])
-        fixed = BACKBONES[backbone].check(defaults.pop("layout"))
+        fixed = backbone_of(defaults.get("model", backbone)).check(defaults.pop("layout"))
         cfg = {
             "hf_hub_id": f"{HUB_ORG}/{name}",
             **tuples(dict(config["pretrained_cfg"])),

@@ -7,7 +7,7 @@ the layout among its arguments: there it fails to load ("Unknown model"), instea
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layout import Layout, halve_down, halve_up
-from ..search_space import BACKBONES, Backbone
+from ..search_space import BACKBONES, OTHERS, Backbone
 from .pooling_resnet import SupernetNorm, network_cfg, tell_timm
 
-__all__ = ["RelaidResNet", "layout_of", "relayout"]
+__all__ = ["RelaidResNet", "create_model", "layout_of", "relayout"]
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -231,6 +231,10 @@ def _main_conv(block: Any) -> nn.Conv2d:
     return block.conv1 if isinstance(block, BasicBlock) else block.conv2
 
 
+def _last_conv(block: Any) -> nn.Conv2d:
+    return block.conv2 if isinstance(block, BasicBlock) else block.conv3
+
+
 def _downsamples(block: Any) -> bool:
     return _main_conv(block).stride[0] == 2 or not isinstance(block.aa, nn.Identity)
 
@@ -314,7 +318,7 @@ def _describe(model: RelaidResNet) -> None:
         last[reduction] = ("maxpool", width)
     for name, block in _named_blocks(model):
         reduction *= 2 if _downsamples(block) else 1
-        last[reduction] = (name, (block.conv2 if isinstance(block, BasicBlock) else block.conv3).out_channels)
+        last[reduction] = (name, _last_conv(block).out_channels)
     model.feature_info = [dict(num_chs=chs, reduction=side, module=name) for side, (name, chs) in last.items()]
 
     cfg = getattr(model, "pretrained_cfg", None)
@@ -324,9 +328,13 @@ def _describe(model: RelaidResNet) -> None:
             cfg["architecture"] = "bmsn_relaid"
 
 
+def _halve_of(model: RelaidResNet) -> Callable[[int], int]:
+    """What a downsampling makes of a side: average pools drop an odd last row."""
+    return halve_down if any(isinstance(pool, nn.AvgPool2d) for pool in model._origin()["anti_alias"]) else halve_up
+
+
 def _set_pool_size(cfg: Any, model: RelaidResNet) -> None:
-    pools = model._origin()["anti_alias"]  # average pools drop an odd last row
-    halve = halve_down if any(isinstance(pool, nn.AvgPool2d) for pool in pools) else halve_up
+    halve = _halve_of(model)
     last: Any = model.feature_info[-1]
     for key, source in (("pool_size", "input_size"), ("test_pool_size", "test_input_size")):
         if cfg.get(source) and (cfg.get(key) or key == "pool_size"):
@@ -374,7 +382,11 @@ def bmsn_relaid(
         raise InputError(f"model {model!r} is unknown to timm: use the name of one of its ResNets, such as resnet50")
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
         tag = tag or pretrained_cfg or ""
-        pretrained_cfg = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+        try:
+            pretrained_cfg = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+        except RuntimeError:
+            known = ", ".join(timm.list_pretrained(f"{name}.*")) or name
+            raise InputError(f"model {model!r}: timm has no such weights: use {known}") from None
     elif layout is None:
         raise InputError("these weights came without a layout: config.json needs model and layout among its model_args")
     elif isinstance(pretrained_cfg, dict):
@@ -474,3 +486,58 @@ BACKBONES["bmsn_resnet50"] = Backbone(
     default_layout=Layout((3, 4, 6, 3)),
     halve=halve_up,
 )
+
+
+# any ResNet of timm by its name
+
+
+@cache
+def _backbone_of(name: str) -> Backbone | None:
+    """The backbone of a ResNet of timm; its units are the residual blocks, its default is where timm downsamples."""
+    if name.startswith("bmsn_") or not timm.is_model(name):
+        return None
+    network: Any = bmsn_relaid(model=name, device="meta")
+    halve, (before, after) = _halve_of(network), _reductions(network)
+
+    def stem(side: int) -> int:
+        for _ in range(before.bit_length() - 1):
+            side = halve_up(side)
+        return halve(side) if after > before else side
+
+    return Backbone(
+        create=partial(_supernet, name),
+        channels=tuple(_last_conv(block).out_channels for block in _blocks(network)),
+        default_layout=_default_layout(network),
+        halve=halve,
+        stem=stem,
+    )
+
+
+OTHERS.append(_backbone_of)
+
+
+def _supernet(name: str, **kwargs: Any) -> nn.Module:
+    """A supernet of a ResNet of timm: batch norms use the batch at hand, without scale, shift or running statistics."""
+    network = bmsn_relaid(model=name, **kwargs)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.affine = norm.track_running_stats = False
+            for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(norm, tensor, None)
+    return network
+
+
+def create_model(name: str, layout: str | Layout, pretrained_cfg_overlay: dict[str, Any], **kwargs: Any) -> Any:
+    """The network of a backbone's name with one layout, not a supernet; a ResNet of timm becomes `bmsn_relaid`.
+
+    Args:
+        name: for `backbone_of`.
+        pretrained_cfg_overlay: what timm is told of the images; what it knows of those of another training is dropped.
+        kwargs: for `timm.create_model`.
+    """
+    if name in BACKBONES:
+        return timm.create_model(name, layout=str(layout), pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
+    plain = {key: network_cfg()[key] for key in ("crop_pct", "interpolation")}
+    other = dict(tag=None, crop_mode="center", test_input_size=None, test_crop_pct=None)
+    overlay = {**plain, **other, **pretrained_cfg_overlay}
+    return timm.create_model("bmsn_relaid", model=name, layout=str(layout), pretrained_cfg_overlay=overlay, **kwargs)
