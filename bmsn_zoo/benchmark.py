@@ -35,6 +35,7 @@ class Played(NamedTuple):
         scores: of all layouts that it ranks, higher is better.
         spent_macs: multiply-accumulates that it would have spent.
         choice: what it recommends, if not the layout of the highest score.
+        trained: whether that is trained by then.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Played(NamedTuple):
     scores: dict[Layout, float]
     spent_macs: float
     choice: Layout | None = None
+    trained: bool = False
 
 
 def macs_of(space: SearchSpace) -> dict[Layout, int]:

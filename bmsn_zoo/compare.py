@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations
 from math import comb
 from operator import itemgetter
 from pathlib import Path
@@ -95,21 +95,16 @@ def quality(scores: Values, truth: Values, macs: Mapping[Layout, int], choice: L
         within = [layout for layout in layouts if macs[layout] <= budget]
         best_within = max(accuracy for layout, accuracy in truth.items() if macs[layout] <= budget)
         losses.append(best_within - truth[_first(scores, macs, within) if within else cheapest])
-    tau = math.nan
-    if len(layouts) > 1:
-        tau = kendalltau([scores[layout] for layout in layouts], [truth[layout] for layout in layouts]).statistic
     near = [pair for pair in combinations(layouts, 2) if max(macs[a] for a in pair) < 1.1 * min(macs[a] for a in pair)]
     right = [(scores[a] - scores[b]) * (truth[a] - truth[b]) > 0 for a, b in near]
     regret = max(truth.values()) - truth[first]
-    return Quality(
-        first,
-        float(tau),
-        sum(right) / len(right) if right else math.nan,
-        truth[first],
-        regret,
-        mean(losses),
-        max(losses),
-    )
+    near_pairs = mean(right) if right else math.nan
+    return Quality(first, _tau(scores, truth), near_pairs, truth[first], regret, mean(losses), max(losses))
+
+
+def _tau(one: Values, other: Values) -> float:
+    """Kendall's tau-b over the layouts of the first; not a number of fewer than two."""
+    return float(kendalltau([one[a] for a in one], [other[a] for a in one]).statistic) if len(one) > 1 else math.nan
 
 
 def _first(scores: Values, macs: Mapping[Layout, int], layouts: list[Layout]) -> Layout:
@@ -141,7 +136,8 @@ def play_all(name: str, seeds: int) -> list[dict[str, Any]]:
 
     def row(played: Played, seed: int = 0) -> dict[str, Any]:
         found = quality(played.scores, truth, costs, played.choice)
-        trainings = int((played.spent_macs + benchmark.training_macs(costs[found.choice])) / training)
+        still = 0 if played.trained else benchmark.training_macs(costs[found.choice])
+        trainings = int((played.spent_macs + still) / training)
         about = {"method": played.method, "supernets": played.supernets, "seed": seed, "spent_macs": played.spent_macs}
         return {**about, **vars(found), "random": expected_best(truth, min(max(1, trainings), len(truth)))}
 
@@ -168,8 +164,9 @@ def _spread(values: Sequence[float]) -> str:
 def _summary(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The cells of a table with a line for every method, over its seeds."""
     cells = [["method", "M", "found", "tau", "regret", "front", "worst", "accuracy", "10^15", "-random"]]
-    for (method, supernets), group in groupby(rows, key=itemgetter("method", "supernets")):
-        same = list(group)
+    kind = itemgetter("method", "supernets")
+    for method, supernets in dict.fromkeys(map(kind, rows)):
+        same = [row for row in rows if kind(row) == (method, supernets)]
         choices = [str(row["choice"]) for row in same]
         points = [_spread([100 * row[key] for row in same]) for key in ("regret", "front_regret", "worst_front_regret")]
         accuracy, spent, random = (mean(row[key] for row in same) for key in ("accuracy", "spent_macs", "random"))
@@ -196,13 +193,10 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
     cells = [["run", "strategy", "M", "found", "score", "agree", "tau", "regret", "front", "accuracy", "10^15"]]
     for name, result, own in zip(names, results, scores, strict=True):
         found = (result.default if result.undecided else None) or result.best
-        agree = [
-            float(kendalltau([own[layout] for layout in own], [other[layout] for layout in own]).statistic)
-            for there, other in zip(results, scores, strict=True)
-            if there is not result and there.model == result.model and set(other) == set(own)
-        ]
+        others = [there for there in zip(results, scores, strict=True) if there[0] is not result]
+        agree = [_tau(own, other) for there, other in others if (there.model, set(other)) == (result.model, set(own))]
         known, measured = f"{Path(result.dataset.id).name}-{result.model.removeprefix('bmsn_')}", ["-"] * 4
-        if known in reference.names():
+        if known in reference.names() and set(own) <= set(reference.table(known).accuracy):
             costs = benchmark.macs_of(SearchSpace(result.model))
             true = quality(own, reference.table(known).accuracy, costs, Layout.parse(found.layout))
             points = (true.tau, *(100 * value for value in (true.regret, true.front_regret, true.accuracy)))

@@ -124,6 +124,8 @@ def test_the_benchmark_prints_and_writes_every_play(short, tmp_path, capsys):
     assert float(eight["spent_macs"]) == pytest.approx(8 * 3 * 200 * 50_000 * 49.026e6, rel=1e-3)
     cost = next(row for row in rows if row["method"] == "multiply-accumulates")
     assert (cost["choice"], float(cost["regret"]), float(cost["spent_macs"])) == ("8-1-1", pytest.approx(0.0202), 0)
+    methods = [line.split("  ")[0] for line in printed.splitlines()]
+    assert methods.count("mcts warm") == methods.count("mcts warm, own") == 1, "seeds together"
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "--benchmark cifar10-resnet20 --seeds 2 --output" in text and "arXiv 2306.11982" in text
     assert "| multiply-accumulates | - | 8-1-1 | 0.50 | 2.02 |" in text
