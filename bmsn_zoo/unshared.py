@@ -27,7 +27,7 @@ class UnsharedSupernet(nn.Module):
         super().__init__()
         self.sets = nn.ModuleList(create() for _ in range(levels))
         first = self.sets[0]
-        self.num_classes, self.in_chans = first.num_classes, first.in_chans
+        self.num_classes = first.num_classes
         for later in self.sets[1:]:
             later.reset_classifier(0)
             if same_start:
