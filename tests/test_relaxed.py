@@ -275,6 +275,7 @@ def test_two_processes_learn_the_same(image_folder, tmp_path):
     ("settings", "message"),
     [
         (["--mixture-size", 2], "strategy darts trains one supernet: give --mixture-size 1"),
+        (["--rate-decay", "cost"], "rate-decay cost: all steps of strategy darts cost the same: use schedule"),
         (["--model", "bmsn_resnet18"], "use bmsn_resnet20, not bmsn_resnet18, whose strides have no counterpart"),
         (["--image-size", 18], "image-size 18 cannot be halved 2 times, as strategy darts does: give a multiple of 4"),
         (["--strategy", "unshared", "--sharing", "shared"], "sharing shared is not what strategy unshared does: use"),

@@ -13,7 +13,7 @@ from bmsn_zoo.spending import Spending, cost_quarters, decay_powers
 SPACE = SearchSpace("bmsn_resnet20")
 MACS = [SPACE.macs(layout, 16) for layout in SPACE]
 TREE = cost.tree_macs(SPACE, 16)
-SMALL = ["--batch-size", "16", "--mixture-size", "2", "--mixed-precision", "no", "--threads", "1"]
+SMALL = ["--mixture-size", "2", "--mixed-precision", "no", "--threads", "1"]
 
 
 def of_budget(budget, **more):
@@ -83,8 +83,8 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
     assert SearchConfig(budget="1.4e14").budget == 140_000_000_000_000
 
 
-def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image_folder, tmp_path):
-    evaluation, budget = 2 * 32 * TREE, 30 * 5 * 16 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
+def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image_folder, tmp_path, caplog):
+    evaluation, budget = 2 * 32 * TREE, 30 * 5 * 8 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
     settings = ["--dataset", str(image_folder), *SMALL, "--budget", str(budget), "--evaluate-last", "2"]
     settings += ["--lr", "0.01", "--rate-decay", "cost", "--scores", "pairs"]
     trained, train_and_score, end_epoch = [], search_module.train_and_score, search_module._Search.end_epoch
@@ -101,6 +101,9 @@ def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_module, "train_and_score", watched)
         assert search_module.main([*settings, "--output", str(tmp_path / "whole")]) == 0
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "36 layouts of bmsn_resnet20 at 16 pixels (that of the first image); 32 images train, 32 score" in said
+    assert "mixture of 2, batches of 8; about 30 steps, 15 for each supernet 15 steps for each supernet: below" in said
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_module._Search, "end_epoch", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -112,11 +115,12 @@ def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("whole", "killed")
     )
-    assert whole["spent_macs"] == 5 * 16 * sum(trained) + 2 * evaluation, "trained at 3, two scored at 1 each"
-    assert budget - 5 * 16 * max(MACS) < whole["spent_macs"] <= budget
+    assert whole["spent_macs"] == 5 * 8 * sum(trained) + 2 * evaluation, "trained at 3, two scored at 1 each"
+    assert budget - 5 * 8 * max(MACS) < whole["spent_macs"] <= budget
     assert [row["spent_macs"] for row in rows] == sorted({row["spent_macs"] for row in rows})
     assert rows[-1]["spent_macs"] == whole["spent_macs"] - evaluation, "one evaluation is that of the end"
     assert whole["epochs"] == len(rows) > 3 and whole["settings"]["epochs"] is None
+    assert whole["settings"]["batch_size"] == 8, "as 64 images ask for"
     late = whole["details"]["late_accuracies"]
     assert len(late) == 2 and late[0] != late[1]
     for key in ("ranking", "accuracy_matrix", "scores", "assignment_matrix", "spent_macs", "details", "epochs"):
