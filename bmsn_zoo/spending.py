@@ -51,7 +51,7 @@ class Spending:
             least = config.evaluate_last * evaluation + self._dearest
             raise InputError(
                 f"budget {config.budget:.4g} is too small: give at least {least} multiply-accumulates, which pay for "
-                f"one step and the evaluation of {len(costs)} layouts"
+                "one step and the evaluation of all layouts"
             )
         self.last = self._limit / self._mean
 
