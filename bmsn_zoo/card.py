@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jinja2
 import yaml
+from scipy.stats import binomtest
 
 from .export import preparation
 from .files import write_text
@@ -100,10 +101,18 @@ def ranked_rows(search: SearchResult, top: int) -> Iterator[tuple[int, Entry, st
             yield place, entry, ", ".join(notes)
 
 
-def _render(template: str, result: SearchResult | TrainResult, **values: Any) -> str:
+def interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy (a fraction) that was measured on so many images."""
+    found = binomtest(round(accuracy * images), images).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def template_environment(autoescape: bool = False) -> jinja2.Environment:
+    """Where our templates are, and what they may use beside their values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
+        autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -117,9 +126,13 @@ def _render(template: str, result: SearchResult | TrainResult, **values: Any) ->
         hardware=_hardware,
         command=_command,
     )
-    environment.globals.update(standard_error=standard_error)
+    environment.globals.update(standard_error=standard_error, interval=interval)
+    return environment
+
+
+def _render(template: str, result: SearchResult | TrainResult, **values: Any) -> str:
     values.update(result=result, unlicensed=result.dataset.on_hub and result.dataset.id in _UNLICENSED)
-    return environment.get_template(template).render(values).rstrip() + "\n"
+    return template_environment().get_template(template).render(values).rstrip() + "\n"
 
 
 def _chosen(result: TrainResult, search: SearchResult | None) -> str:

@@ -12,7 +12,7 @@ from .card import percent, ranked_rows, standard_error
 from .command import run_command
 from .errors import InputError
 from .files import read_text
-from .results import Entry, SearchResult, TrainResult, TrialResult, fault
+from .results import Entry, Run, SearchResult, TrainResult, TrialResult, fault
 from .usage import parser_of, start_of
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
@@ -220,17 +220,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("report")
 
     def run() -> None:
-        for folder in parser.parse_args(argv).run:
-            if any(
-                (folder / name).exists() for name in ("metrics.json", "trial.json")
-            ):  # beside it, search.json is where the layout comes from
-                draw_training(folder)
-                print_training(folder)
-            elif (folder / "search.json").exists():
-                draw_search(folder)
-                print_search(folder)
-            else:
+        from .page import write_page  # a search, which prints its table by this module, starts without it
+
+        given, runs = parser.parse_args(argv), list[tuple[Path, Run, list[Any]]]()
+        for folder in given.run:
+            kinds: dict[str, type[Run]] = {"metrics.json": TrainResult, "trial.json": TrialResult}
+            kinds["search.json"] = SearchResult  # beside the others, it is where their layout comes from
+            file = next((name for name in kinds if (folder / name).exists()), None)
+            if file is None:
                 raise InputError(f"{folder} holds no finished run: neither search.json nor metrics.json is there")
+            searched = file == "search.json"
+            (draw_search if searched else draw_training)(folder)
+            (print_search if searched else print_training)(folder)
+            followed = (folder / "metrics.jsonl").exists()
+            rows = _epochs(folder, _SearchEpoch if searched else _TrainEpoch) if followed else []
+            runs.append((folder, kinds[file].read(folder / file), rows))
+        page = given.output or given.run[0] / "report.html"
+        write_page(runs, page)
+        sys.stdout.write(f"open in a browser:    {page}\n")
 
     return run_command(run)
 

@@ -27,7 +27,7 @@ _ABOUT = {
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
     "predict": "Print the most probable labels of images.",
     "compare": "Compare finished searches with each other, or play all strategies on a table of published accuracies.",
-    "report": "Draw the pictures of runs, and print their tables.",
+    "report": "Show runs: tables here, pictures in their folders, and one HTML page of all of them.",
 }
 _EXAMPLES = {
     "search": "--dataset my_photos --epochs 100 --output runs/photos",
@@ -74,6 +74,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         )
     elif command == "report":
         parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
+        parser.add_argument(
+            "--output", type=Path, metavar="FILE", help="the page; report.html in the first run folder if not given"
+        )
     else:
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
         single = commands.add_parser("push", help="push a model folder or a finished search to the Hub")

@@ -1,14 +1,20 @@
 """Tables and pictures from run folders, whole, damaged or of another kind."""
 
+import html
+import json
 import random
+import re
 import shutil
+import subprocess
+from html.parser import HTMLParser
 
 import pytest
 from small_runs import run
 
 from bmsn_zoo import report
-from bmsn_zoo.results import SearchResult
+from bmsn_zoo.results import SearchResult, TrainResult
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.timeout(200)
 
 
@@ -33,6 +39,121 @@ def test_a_search_without_an_assignment_has_no_picture_of_it(runs, capsys, tmp_p
     search.model_copy(update={"assignment_matrix": None, "scores": None}).write(folder / "search.json")
     assert run(report, folder) == 0
     assert sorted(file.name for file in (folder / "pictures").iterdir()) == ["accuracy_macs.png", "curves.png"]
+
+
+class Page(HTMLParser):
+    """Elements of a page in their order, and the text outside scripts and styles; tags that do not match are errors."""
+
+    VOID = ("meta", "link", "br", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data * (self.open[-1:] not in (["script"], ["style"]))
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.elements)
+
+
+@pytest.fixture(scope="module")
+def hostile(runs, tmp_path_factory):
+    """Two searches and a training, whose names want to be code; the names."""
+    base, code = tmp_path_factory.mktemp("<b>&amp;"), "</script><script>document.title = 'taken'</script><img src=x>"
+    for number, kind in enumerate(("search", "search", "found")):
+        folder = shutil.copytree(getattr(runs, kind), base / f"<i>{number}")
+        file = folder / ("search.json" if kind == "search" else "metrics.json")
+        result = (SearchResult if kind == "search" else TrainResult).read(file)
+        named = {"id": f"data{code}", "label_names": [code, "{{ 7 * 7 }}", "'\"`", "plain"], "on_hub": False}
+        data = result.dataset.model_copy(update=named)
+        result.model_copy(update={"dataset": data, "seed": number, "commit": code}).write(file)
+    assert run(report, *sorted(base.iterdir()), "--output", base / "page.html") == 0
+    return base / "page.html", code
+
+
+def test_the_page_needs_no_network_and_runs_nothing_of_strangers(hostile):
+    path, code = hostile
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(text.encode()) < 3_000_000
+    assert page.count("script") == page.count("h1") == page.count("main") == 1 and page.count("img") == 0
+    assert page.text.count(code) >= 9 and "{{ 7 * 7 }}" in page.text
+    assert "://" not in text.replace(code, "")
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "onclick", "onerror"} & set(attributes)
+        assert attributes.get("href", "#").startswith(("#", "data:,"))
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names)) == 3
+    for element, attributes in page.elements:  # what the eye sees of pictures is told, what scrolls is reached by keys
+        assert element != "svg" or attributes["aria-label"]
+        assert attributes.get("class") != "scroll" or attributes["tabindex"] == "0"
+
+
+def test_the_page_tells_what_was_found(runs, tmp_path):
+    assert run(report, runs.search, "--output", tmp_path / "page.html") == 0
+    result, page = SearchResult.read(runs.search / "search.json"), Page((tmp_path / "page.html").read_text())
+    assert f"{result.best.layout} is ranked first" in page.text
+    assert "a tie" in page.text or result.best == result.default, "32 images show nothing"
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    for entry in result.pareto_front:
+        assert any(label.startswith(f"layout {entry.layout}: side 16, ") for label in labels)
+    assert page.text.count("\n4-3-3") <= 1
+    for pick in ("best", "best_within_default_macs", "default"):
+        assert f"train --from-search {runs.search} --pick {pick}" in page.text
+    undecided = tmp_path / "undecided"
+    shutil.copytree(runs.search, undecided)
+    result.model_copy(update={"undecided": "all are alike"}).write(undecided / "search.json")
+    assert run(report, undecided) == 0
+    page = Page((undecided / "report.html").read_text())
+    assert "No winner: all are alike. Keep the default 4-3-3." in page.text
+    assert "ranked first" not in page.text and "--pick best\n" not in page.text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [360, 1400])
+def test_a_browser_shows_it_whole(width, hostile, tmp_path):
+    """Nothing is wider than the window, nothing goes wrong, rows sort and can be sought, names stay names."""
+    look = """<script>
+    const told = [document.title.includes("taken"), document.documentElement.scrollWidth > innerWidth, innerWidth];
+    const cut = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, svg, pre, head")
+      && e.getBoundingClientRect().right > innerWidth + 0.5);
+    const section = document.querySelector("section"), rows = () => [...section.querySelectorAll("tbody tr")];
+    section.querySelectorAll(".sort")[4].click();
+    const costs = rows().slice(0, 36).map(row => Number(row.cells[4].textContent));
+    const filter = section.querySelector(".filter");
+    filter.value = "4-3-3"; filter.dispatchEvent(new Event("input"));
+    const left = section.querySelector("tbody").querySelectorAll("tr:not([hidden])").length;
+    told.push(cut.map(e => e.outerHTML.slice(0, 80)), costs.every((v, i) => !i || costs[i - 1] <= v), left);
+    parent.document.body.dataset.told = JSON.stringify(told);
+    </script>"""
+    inside = html.escape(hostile[0].read_text(encoding="utf-8").replace("</body>", look + "</body>"))
+    frame = f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{inside}"></iframe>'
+    page = tmp_path / "page.html"  # in a frame, since no window of a desktop is as narrow as a phone
+    page.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}</body>", encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+    started = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", "--window-size=1500,1000"]
+    done = subprocess.run([*started, page.as_uri()], capture_output=True, text=True, timeout=100)
+    taken, wider, inner, cut, sorted_, left = json.loads(
+        html.unescape(re.search('data-told="([^"]*)"', done.stdout)[1])
+    )
+    assert (taken, wider, inner, cut, sorted_, left) == (False, False, width, [], True, 1)
+    assert "CONSOLE" not in done.stderr
 
 
 def test_help(capsys):

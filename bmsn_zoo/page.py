@@ -1,0 +1,179 @@
+"""Runs as one HTML page that needs no network: what was found, what it costs, and what to do next."""
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from .card import standard_error, template_environment
+from .compare import compare_runs
+from .files import write_text
+from .layout import Layout
+from .results import Run, SearchResult
+from .search_space import backbone_of
+from .usage import start_of
+
+_ROWS = 1000  # layouts that the tables and charts of a page show, the best ones
+_COLUMNS = 80  # layouts of an assignment that can be told apart
+_POINTS = 300  # of a curve
+_CURVES = 16
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values along one side of a chart, from `start` to `end` in its picture.
+
+    Attributes:
+        low: value at the start.
+        high: value at the end.
+        start: place in the picture.
+        end: place in the picture.
+        log: whether equal ways are equal ratios.
+        ticks: values to write beside it.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+    ticks: list[float]
+
+    @classmethod
+    def of(cls, values: Iterable[float], start: float, end: float, log: bool = False) -> "Axis":
+        """An axis that holds some values."""
+        found = list(values)
+        low, high = min(found), max(found)
+        if log := log and low > 0 and high > 2 * low:
+            tens, subs = range(int(math.log10(low)) - 1, 10), (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+            low, high, ticks = low / 1.15, high * 1.05, [10.0**ten * sub for ten in tens for sub in subs]
+        else:
+            room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
+            low, high = low - room, high + room
+            ticks = list(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+        return cls(low, high, start, end, log, [tick for tick in map(float, ticks) if low <= tick <= high])
+
+    def at(self, value: float) -> float:
+        """Where in the picture a value lies."""
+        share = (value - self.low) / (self.high - self.low)
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        return round(self.start + (self.end - self.start) * share, 1)
+
+
+def _curves(title: str, epochs: Sequence[int], lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """A chart of lines over epochs; of many epochs or lines only some."""
+    every, shown = -(-len(epochs) // _POINTS), dict(list(lines.items())[:_CURVES])
+    x = Axis.of(epochs, 50, 312)
+    y = Axis.of((value for values in shown.values() for value in values), 166, 10)
+    paths = {
+        name: " ".join(f"{x.at(e)},{y.at(v)}" for e, v in list(zip(epochs, values, strict=True))[::every])
+        for name, values in shown.items()
+    }
+    return {"title": title, "x": x, "y": y, "lines": paths, "last": {name: shown[name][-1] for name in shown}}
+
+
+def stairs(layout: str, model: str, image_size: int) -> dict[str, Any]:
+    """A layout as a staircase: the side of the feature maps in pixels, unit by unit, each halving a step down."""
+    parsed = Layout.parse(layout)
+    sides = backbone_of(model).resolutions(parsed, image_size)
+    width, steps, unit = 140 / len(sides), [], 0
+    for scale, units in enumerate(parsed.units_per_scale):
+        height = 60 * (1 - scale / parsed.num_scales)
+        steps.append((round(unit * width, 1), round(74 - height, 1), round(units * width - 1, 1), height, sides[unit]))
+        unit += units
+    return {"layout": layout, "steps": steps, "units": len(sides)}
+
+
+def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) -> dict[str, Any]:
+    """What the page shows of a search; `rows` are its epochs, `most` how many layouts."""
+    ranking, images = result.ranking[:most], result.dataset.score_images
+    kept = list({entry.layout: entry for entry in (*ranking, *result.pareto_front[:most])}.values())
+    kept += [entry for entry in (result.default, result.best_within_default_macs) if entry and entry not in kept]
+    x = Axis.of((entry.macs / 1e6 for entry in kept), 44, 408, log=True)
+    y = Axis.of((100 * entry.accuracy for entry in kept), 258, 12)
+    labels: list[tuple[float, float, str]] = []  # above the front, where no point is
+    for entry in reversed(result.pareto_front[:most]):
+        right, bottom, width = x.at(entry.macs / 1e6) - 6, y.at(100 * entry.accuracy) - 5, 6.2 * len(entry.layout)
+        clear = all(right < r - 6.2 * len(text) or r < right - width or abs(bottom - b) > 12 for r, b, text in labels)
+        if clear and right - width > 46 and bottom > 20:
+            labels.append((right, bottom, entry.layout))
+    # two accuracies on the same n images, as if on others: the wider interval of their difference
+    best, default = result.best, result.default
+    error = {entry.layout: standard_error(entry.accuracy, images) for entry in kept}
+    spread = {layout: 1.96 * math.hypot(one, error[best.layout]) for layout, one in error.items()}
+    shares = dict(zip(result.layouts, result.assignment_matrix or [], strict=False))
+    columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
+    epochs = [row.epoch for row in rows]
+    steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
+    loss, accuracy = [row.loss for row in rows], [100 * row.score_accuracy for row in rows]
+    lines: dict[str, Any] = {"training loss": {"loss": loss}, "score accuracy, %": {"drawn layouts": accuracy}}
+    lines["steps of each supernet"] = steps
+    train, quoted = start_of("train"), shlex.quote(str(folder))
+    picks = ["best"] if not result.undecided else []
+    picks += ["best_within_default_macs", "default"] if default else []
+    return {
+        "kind": "search", "folder": folder, "result": result, "ranking": ranking, "kept": kept, "x": x, "y": y,
+        "labels": labels, "images": images,
+        "charts": [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows],
+        "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
+        "front": {entry.layout for entry in result.pareto_front},
+        "ties": {e.layout for e in kept if e != best and best.accuracy - e.accuracy <= spread[e.layout]},
+        "gain": None if default is None else (best.accuracy - default.accuracy, spread[default.layout]),
+        "stairs": {e.layout: stairs(e.layout, result.model, result.dataset.image_size)
+                   for e in (*result.pareto_front[:60], *([default] if default else []))},
+        "commands": [f"{train} --from-search {quoted} --pick {pick}" for pick in picks]
+        + [f"{start_of('hub')} push {quoted} USER/REPO"],
+    }  # fmt: skip
+
+
+def _training(folder: Path, result: Any, rows: Sequence[Any]) -> dict[str, Any]:
+    """What the page shows of a training or a trial."""
+    test = hasattr(result, "test_accuracy")
+    accuracy = result.test_accuracy if test else result.holdout_accuracy
+    lines = {"augmented training images": [100 * row.train_accuracy for row in rows]}
+    if held := [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]:
+        lines |= {"held-out images": held} if len(held) == len(rows) else {}
+    epochs, usual = [row.epoch for row in rows], str(backbone_of(result.model).default_layout)
+    layouts = dict.fromkeys((result.layout, usual))
+    quoted, again = shlex.quote(str(folder)), [f"{start_of('train')} --output {shlex.quote(str(folder))} --resume"]
+    return {
+        "kind": "training", "folder": folder, "result": result, "accuracy": accuracy, "usual": usual,
+        "images": result.test_images if test else result.holdout_images,
+        "measured_on": "test images" if test else "held-out training images",
+        "charts": [_curves("training loss", epochs, {"loss": [row.loss for row in rows]}),
+                   _curves("accuracy, %", epochs, lines)],
+        "stairs": {layout: stairs(layout, result.model, result.dataset.image_size) for layout in layouts},
+        "commands": [f"{start_of('predict')} {quoted} photo.jpg", f"{start_of('evaluate')} {quoted}",
+                     f"{start_of('hub')} push {quoted} USER/REPO"] if test else again,
+    }  # fmt: skip
+
+
+def write_page(runs: Sequence[tuple[Path, Run, Sequence[Any]]], path: Path) -> None:
+    """Write the page of some runs.
+
+    Args:
+        runs: folder, result, and what pictures need of every epoch (see `report`), of each.
+        path: the file to write.
+    """
+    parts, most = [], max(50, _ROWS // len(runs))
+    for folder, result, rows in runs:
+        parts.append(
+            _search(folder, result, rows, most) if isinstance(result, SearchResult) else _training(folder, result, rows)
+        )
+    searches = [part for part in parts if part["kind"] == "search"]
+    compared, ranks = [], []
+    if len(searches) > 1:
+        compared = compare_runs([str(part["folder"]) for part in searches])
+        results = [part["result"] for part in searches]
+        if len({(result.model, *result.layouts) for result in results}) == 1:
+            places = [{e.layout: place for place, e in enumerate(result.ranking, 1)} for result in results]
+            ranks = [(layout, [place[layout] for place in places]) for layout in results[0].layouts]
+            ranks = sorted(ranks, key=lambda row: mean(row[1]))[:30]
+    page = template_environment(autoescape=True).get_template("report.html.j2")
+    write_text(path, page.render(parts=parts, compared=compared, ranks=ranks))
