@@ -13,7 +13,7 @@ from test_processes import run as run_script
 from test_processes import torchrun
 from torch.nn.functional import interpolate, max_pool2d
 
-from bmsn_zoo import SearchSpace, cost
+from bmsn_zoo import SearchSpace, cost, report
 from bmsn_zoo import search as search_module
 from bmsn_zoo.card import search_card
 from bmsn_zoo.compare import compare_runs
@@ -193,6 +193,10 @@ def search(folder, output, *arguments):
     return search_module.main([*map(str, settings)])
 
 
+def undrawn(folder):
+    """Pictures take more time than these searches; one of them is drawn."""
+
+
 def contents(run):
     result = json.loads((run / "search.json").read_text())
     kept = {key: result[key] for key in ("ranking", "accuracy_matrix", "details")}
@@ -202,9 +206,12 @@ def contents(run):
 
 
 @pytest.mark.parametrize(("strategy", "sharing"), [("darts", "random"), ("gaea", "shared"), ("unshared", "same")])
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_folder, tmp_path):
-    settings = ["--strategy", strategy, "--sharing", sharing]
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_folder, tmp_path, monkeypatch):
+    settings = ["--strategy", strategy, "--sharing", sharing, "--image-size", 8]
+    if strategy != "gaea":
+        monkeypatch.setattr(report, "draw_search", undrawn)
     assert search(image_folder, tmp_path / "whole", *settings) == 0
+    monkeypatch.setattr(report, "draw_search", undrawn)
     whole = SearchResult.read(tmp_path / "whole" / "search.json")
 
     class Ended(Exception):
@@ -232,8 +239,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_f
         assert rows[0]["alpha"] != rows[1]["alpha"]
         scores = whole.details["projected_scores"]
         assert whole.best.layout == max(scores, key=scores.get)
-        steps = 2 * 2 * 6 * 16 * cost.relaxed_macs(SPACE.backbone, 3, 16)  # forward, and backward twice that, for both
-        assert whole.spent_macs == steps + 32 * cost.tree_macs(SPACE, 16)
+        steps = 2 * 2 * 6 * 16 * cost.relaxed_macs(SPACE.backbone, 3, 8)  # forward, and backward twice that, for both
+        assert whole.spent_macs == steps + 32 * cost.tree_macs(SPACE, 8)
         assert "by the probabilities that it learned" in search_card(whole, "me/it")
         assert compare_runs([str(tmp_path / "whole")])[1][3] == whole.best.layout
     # what was saved is what was ranked
@@ -246,7 +253,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_f
 EACH = """
 import os, sys
 from pathlib import Path
-from bmsn_zoo import search
+from bmsn_zoo import report, search
 from bmsn_zoo.relaxed import RelaxedSearch
 from bmsn_zoo.run_folder import save_tensors
 real = RelaxedSearch.finish
@@ -254,6 +261,7 @@ def finish(self, epochs):
     save_tensors(Path(os.environ["RANK"]), {"alpha": self.strategy.alpha, **self.mixture.state_dict()})
     real(self, epochs)
 RelaxedSearch.finish = finish
+report.draw_search = lambda folder: None
 sys.exit(search.main(sys.argv[1:]))
 """
 
@@ -261,7 +269,7 @@ sys.exit(search.main(sys.argv[1:]))
 def test_two_processes_learn_the_same(image_folder, tmp_path):
     (tmp_path / "each.py").write_text(EACH)
     settings = ["--dataset", image_folder, *QUICK, "--strategy", "darts", "--sharing", "random", "--output", "run"]
-    settings += ["--epochs", 1, "--default-layout", "5-5"]
+    settings += ["--epochs", 1, "--default-layout", "5-5", "--image-size", 8]
     done = run_script(tmp_path / "each.py", *settings, launcher=torchrun(2), cwd=tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     one, other = (load_file(tmp_path / rank) for rank in "01")
@@ -357,7 +365,8 @@ def test_parameters_extraction_and_saving_of_unshared_weights():
     assert one == other
 
 
-def test_searches_start_from_others_that_share_alike(image_folder, tmp_path, capsys):
+def test_searches_start_from_others_that_share_alike(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw_search", undrawn)
     assert search(image_folder, tmp_path / "one", "--strategy", "uniform", "--epochs", 1) == 0
     settings = ["--strategy", "unshared", "--init-from", tmp_path / "one"]
     assert search(image_folder, tmp_path / "two", *settings) == 2
