@@ -68,12 +68,19 @@ def outside_fault(error: Exception) -> str | None:
     number = int(inside[1]) if inside else error.errno if isinstance(error, OSError) else None
     if number in _PLACES:
         return f"{f'{name}: ' if name else ''}{os.strerror(number)}: make room, or choose a place that can be written"
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", text):
-        what = "use a smaller --batch-size, --eval-batch-size or --mixture-size, or --mixed-precision bf16"
+    if out_of_memory(error):
+        what = "use a smaller --batch-size, --eval-batch-size or --mixture-size, or --grad-checkpointing"
         return f"out of memory ({first_line(error)}): {what}"
     if isinstance(error, RuntimeError) and re.search("gloo/transport|NCCL", text):
         return "the connection to another process was lost: that one says why"
     return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, of a GPU or the machine."""
+    return isinstance(error, MemoryError) or bool(
+        re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+    )
 
 
 def _how_to_resume() -> str:

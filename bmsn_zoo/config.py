@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from .errors import InputError, brief
 from .files import read_yaml
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+_LIMIT = re.compile(r"default|\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?x?")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
 FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -64,7 +66,11 @@ class DataConfig(BaseModel):
         "bmsn_resnet20",
         "bmsn_resnet20, bmsn_resnet18, bmsn_resnet50, or the name of a ResNet in timm, such as resnet50d",
     )
+    pretrained: bool = setting(False, "start from the weights that timm knows for this name, through the Hub")
     seed: int = setting(0, "seed of everything random", 0, 2**31 - 1)
+    grad_checkpointing: bool = setting(
+        False, "compute what was forgotten again in the backward pass: less memory, a third more time"
+    )
     flip: bool = setting(True, "mirror training images at random")
     crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0, 256)
 
@@ -140,6 +146,14 @@ class SearchConfig(DataConfig):
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
     )
+    max_macs: str | None = setting(
+        None,
+        "search only layouts of so many multiply-accumulates for an image: a number, default for those of the default "
+        "layout, 0.8x for a part of them",
+    )
+    max_activations: str | None = setting(
+        None, "the same of what all convolutions put out, which memory and time follow: a number, default, or 0.8x"
+    )
     strategy: str = setting(
         "balanced",
         "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea",
@@ -214,6 +228,11 @@ class SearchConfig(DataConfig):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
+        for name in ("max_macs", "max_activations"):
+            limit = getattr(self, name)
+            if limit is not None and not _LIMIT.fullmatch(limit):
+                wanted = "a number such as 4e7, default, or a part of the default layout's such as 0.8x"
+                raise InputError(f"{name.replace('_', '-')} {brief(limit)} is no limit: give {wanted}")
         if self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
             raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
 

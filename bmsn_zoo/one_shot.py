@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from . import cost, hub, report, runtime
+from .command import out_of_memory
 from .config import FEW_STEPS, SearchConfig, fit_to_images, sharing_of
 from .data import (
     AUGMENT,
@@ -32,6 +33,7 @@ from .data import (
 )
 from .errors import InputError
 from .evaluate import full_float32
+from .layout import Layout
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
 from .ranking import build_result, why_undecided
@@ -40,9 +42,10 @@ from .run_folder import RunFolder, load_tensors, load_training_state, save_tenso
 from .search_space import SearchSpace
 from .spending import Spending
 from .step import Trainer
-from .supernet import Mixture, count_correct
+from .supernet import Mixture, count_correct, norms_of
 
 _log = logging.getLogger(__name__)
+_TRIED_ON_CPU = 1e11  # multiply-accumulates of a step
 _Batch = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -99,10 +102,15 @@ class OneShotSearch:
 
         self.source = DataSource(config, torch.get_num_threads())
         self.space.backbone.check(self.space.default_layout, self.source.image_size)
+        whole = len(self.space)
+        limits = {"max_macs": config.max_macs, "max_activations": config.max_activations}
+        self.space = self.space.within(self.source.image_size, config.in_chans, **limits)
         with PartialState().local_main_process_first():
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
+            if len(self.space) < whole:
+                _log.info("%d of %d layouts cost no more than allowed", len(self.space), whole)
         self.config = config = fit_to_images(config, len(self.data.images))
         self.role = Role.of(config, accelerator)
         # one half of the training images trains weights, the other scores layouts; the test images stay closed
@@ -119,7 +127,9 @@ class OneShotSearch:
                 raise InputError("sharing shared is not what strategy unshared does: use --strategy uniform")
         else:  # steps use some of the weights, and the wrapper must not wait for the gradients of others
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.mixture = Mixture(self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing)
+        self.mixture = Mixture(
+            self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing, config.pretrained
+        )
         if config.init_from and not folder.epoch:
             start_from(config.init_from, self.mixture, config)
         self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
@@ -128,10 +138,48 @@ class OneShotSearch:
 
     def _trainer(self, supernet: PoolingResNet) -> Trainer:
         supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        whole = self.wrap(supernet)
+        if self.config.grad_checkpointing:
+            if whole is not supernet or not hasattr(supernet, "set_grad_checkpointing"):
+                raise InputError("grad-checkpointing: this model, strategy or sharing cannot do that: leave it out")
+            supernet.set_grad_checkpointing()
         # a wrapper of its own for each: one around all would wait for the gradients of those that are not drawn
-        network = self.accelerator.prepare_model(self.wrap(supernet), evaluation_mode=self.role.shard[1] == 1)
+        network = self.accelerator.prepare_model(whole, evaluation_mode=self.role.shard[1] == 1)
         optimizer = self.accelerator.prepare_optimizer(create_optimizer(supernet, self.config))
         return Trainer(supernet, network, optimizer)
+
+    def run_dearest(self, supernet: Any, layout: Layout, images: Tensor) -> Tensor:
+        """Logits as a training step of the dearest layout makes them."""
+        supernet.set_layout(layout)
+        return supernet(images)
+
+    def try_memory(self) -> None:
+        """Try a step of the dearest layout, without its update: too little memory shows now, not at a random step.
+
+        Nothing is changed or drawn by it. On a CPU, where it costs time, only steps of up to 10^11 multiply-accumulates
+        are tried, which take a few seconds; memory that lacks in others ends the run when they come.
+
+        Raises:
+            InputError: if there is too little memory.
+        """
+        config, size, parts = self.config, self.source.image_size, self.role.shard[1]
+        if self.device.type == "cpu" and self.spending.dearest > parts * _TRIED_ON_CPU:
+            return
+        dearest = max(self.space, key=lambda layout: self.space.macs(layout, size, config.in_chans))
+        supernet, batch = self.trainers[self.role.owned[0]].supernet, config.batch_size // parts
+        try:
+            images = torch.zeros(batch, config.in_chans, size, size, device=self.device)
+            images = images.to(memory_format=torch.channels_last)
+            with self.accelerator.autocast():
+                loss = self.run_dearest(supernet, dearest, images).float().logsumexp(1).sum()
+            torch.autograd.grad(loss, list(supernet.parameters()), allow_unused=True)  # leaves no gradients behind
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(
+                f"layout {dearest}, the dearest of {len(self.space)}, does not fit into memory with {batch} images a "
+                "step: use --max-macs to search cheaper ones, a smaller --batch-size, or --grad-checkpointing"
+            ) from error
 
     def wrap(self, supernet: PoolingResNet) -> nn.Module:
         """The supernet as its training steps run it."""
@@ -151,6 +199,7 @@ class OneShotSearch:
 
     def begin(self) -> None:
         """Write what the run is, when nothing else can be refused, and continue from its checkpoint if it has one."""
+        self.try_memory()
         segment = {**runtime.describe(self.accelerator), "command": sys.argv}
         self.folder.begin(self.config, segment, self.source.identity(self.data))
         self.accelerator.wait_for_everyone()
@@ -312,6 +361,7 @@ class OneShotSearch:
             seed=config.seed,
             epochs=epochs,
             spent_macs=self.spending.spent,
+            norms=norms_of(mixture.supernets[0]),
             dataset=SearchDataset(**described, weight_images=weight, score_images=score),
             peak_memory_mib=_peak_memory_mib(self.device),
         ).write(folder.path / "search.json")

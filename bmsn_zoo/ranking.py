@@ -58,9 +58,9 @@ def why_undecided(found: Ranking, chance: float, images: int) -> str | None:
     """Why no layout can be called the best; None if one can.
 
     An accuracy a on n images has a variance of a (1 - a) / n. The best one must exceed chance by more than z standard
-    errors of chance, and the worst one by more than z of their difference. z is the one-sided normal quantile of 5 %
-    over the number of comparisons that it was picked from: L x M accuracies, L (L - 1) / 2 pairs of layouts. Where
-    probabilities rank the layouts, the first must be more probable than the second, beyond rounding.
+    errors of chance, and the worst one, if there are two, by z of their difference. z is the one-sided normal quantile
+    of 5 % over the number of comparisons that it was picked from: L x M accuracies, L (L - 1) / 2 pairs of layouts.
+    Where probabilities rank the layouts, the first must be more probable than the second, beyond rounding.
 
     Args:
         found: what was ranked.
@@ -79,7 +79,7 @@ def why_undecided(found: Ranking, chance: float, images: int) -> str | None:
     reached = f"{best.layout} with {100 * high:.2f} %"
     if not told_apart(high, chance, chance * (1 - chance), layouts * found.mixture_size):
         return f"the best, {reached}, cannot be told from chance, {100 * chance:.2f} %, on {images} score images"
-    if not told_apart(high, low, high * (1 - high) + low * (1 - low), comb(layouts, 2)):
+    if layouts > 1 and not told_apart(high, low, high * (1 - high) + low * (1 - low), comb(layouts, 2)):
         lowest = f"{worst.layout} with {100 * low:.2f} %"
         return f"the best, {reached}, cannot be told from the worst, {lowest}, on {images} score images"
     return None

@@ -179,8 +179,10 @@ def print_search(folder: Path) -> None:
     result = SearchResult.read(folder / "search.json")
     retrain = "retrain the winner:   "
     if result.undecided:
-        default = result.default.layout if result.default else "layout"
-        retrain = f"no winner: {result.undecided}: keep the default {default}\ntrain the default:    "
+        kept = (
+            f": keep the default {result.default.layout}\ntrain the default:    " if result.default else f"\n{retrain}"
+        )
+        retrain = f"no winner: {result.undecided}{kept}"
     sys.stdout.write(
         f"{len(result.layouts)} layouts, ranked by {result.ranked_by} (n = 1 search):\n"
         f"{search_table(result)}\n"

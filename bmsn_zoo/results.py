@@ -300,6 +300,7 @@ class SearchResult(Ranking, Run):
         scores: moving averages of the score accuracy that the strategy went by, fractions, (L, M); None likewise.
         spent_macs: multiply-accumulates of the convolutions of the whole run: training steps three times their
             forward, scoring and the last evaluation (of layouts that begin alike, what they share counts once).
+        norms: those of its supernets.
         details: what else the strategy says of its search.
     """
 
@@ -310,6 +311,7 @@ class SearchResult(Ranking, Run):
     assignment_matrix: Matrix | None = None
     scores: Matrix | None = None
     spent_macs: Count | None = None
+    norms: str | None = None
     details: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = {}
 
 

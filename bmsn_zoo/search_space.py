@@ -28,6 +28,7 @@ class Backbone:
         max_pools: whether a downsampling is a 2x2 max pool on the unit's input, as relaxed searches need it.
         halve: the side in pixels that a downsampling leaves of a side; pools round down, strides up.
         stem: the side that what runs before the first unit leaves of the image's.
+        pretrains: whether there are published weights, from which `create` starts with `pretrained=True`.
     """
 
     create: Callable[..., Any]
@@ -36,6 +37,7 @@ class Backbone:
     halve: Callable[[int], int] = halve_down
     max_pools: bool = False
     stem: Callable[[int], int] = int
+    pretrains: bool = False
 
     @property
     def num_units(self) -> int:
@@ -68,6 +70,19 @@ def backbone_of(name: str) -> Backbone:
             return backbone
     names = ", ".join(sorted(BACKBONES))
     raise InputError(f"model {name!r} has no search space: use one of {names}, or a ResNet of timm such as resnet50")
+
+
+def require_weights(name: str) -> None:
+    """Refuse a model that `--pretrained` finds no weights for.
+
+    Raises:
+        InputError: if the backbone of this name has none.
+    """
+    if not backbone_of(name).pretrains:
+        raise InputError(
+            f"pretrained: there are no weights for the model {name}: use one that timm has weights for, such as "
+            "resnet50.a1_in1k, or leave --pretrained out"
+        )
 
 
 class SearchSpace:
@@ -109,6 +124,38 @@ class SearchSpace:
         space._hold(self.backbone.check(layout) for layout in layouts)
         if not len(space):
             raise InputError("no layout is left to search: allow more of them")
+        return space
+
+    def within(
+        self, image_size: int, in_chans: int, max_macs: str | None = None, max_activations: str | None = None
+    ) -> "SearchSpace":
+        """The layouts that cost no more than allowed for one square image.
+
+        Args:
+            image_size: side of the image in pixels.
+            in_chans: channels of the image.
+            max_macs: multiply-accumulates: a number, "default" for those of the default layout, "0.8x" for a part.
+            max_activations: the same of what all convolutions put out, see `cost.activations`.
+
+        Raises:
+            InputError: if none is left.
+        """
+        space = self
+        for what, text, count in (("macs", max_macs, cost.macs), ("activations", max_activations, cost.activations)):
+            if text is None:
+                continue
+            costs = {layout: count(self.backbone, layout, image_size, in_chans) for layout in space}
+            limit = float(text.replace("default", "1x").rstrip("x"))
+            if text.endswith(("x", "default")):
+                limit *= count(self.backbone, self.default_layout, image_size, in_chans)
+            left = [layout for layout in space if costs[layout] <= limit]
+            if not left:
+                cheapest = min(space, key=lambda layout: costs[layout])
+                raise InputError(
+                    f"max-{what} {text} leaves none of {len(space)} layouts: the cheapest, {cheapest}, costs "
+                    f"{costs[cheapest]}: allow at least that, or use smaller images"
+                )
+            space = space.subset(left)
         return space
 
     def __len__(self) -> int:

@@ -28,6 +28,7 @@ class Spending:
         paid: multiply-accumulates of all processes before this epoch, without the evaluations of the ranking.
         own: of this process's steps of this epoch.
         late: evaluations of the ranking so far.
+        dearest: multiply-accumulates of the dearest step.
         last: position of the last step.
 
     Raises:
@@ -37,7 +38,7 @@ class Spending:
     def __init__(self, config: SearchConfig, epoch_steps: int, costs: Sequence[int], evaluation: int) -> None:
         self.paid, self.own, self.late = 0, 0, 0
         self.config, self.epoch_steps, self.evaluation = config, epoch_steps, evaluation
-        self._mean, self._dearest, self._limit = sum(costs) / len(costs), max(costs), math.inf
+        self._mean, self.dearest, self._limit = sum(costs) / len(costs), max(costs), math.inf
         if config.budget is None:
             assert config.epochs
             if config.evaluate_last > config.epochs:
@@ -47,8 +48,8 @@ class Spending:
         self._limit = config.budget - config.evaluate_last * evaluation
         if config.parallel == "mixture":
             raise InputError("budget: parallel mixture ends after epochs alone: use --parallel data, or give --epochs")
-        if self._limit < self._dearest:
-            least = config.evaluate_last * evaluation + self._dearest
+        if self._limit < self.dearest:
+            least = config.evaluate_last * evaluation + self.dearest
             raise InputError(
                 f"budget {config.budget:.4g} is too small: give at least {least} multiply-accumulates, which pay for "
                 "one step and the evaluation of all layouts"
@@ -66,7 +67,7 @@ class Spending:
 
     def over(self, step: int) -> bool:
         """Whether a search that has done so many steps ends here."""
-        return step > self.last if self.config.budget is None else not self.affords(self._dearest)
+        return step > self.last if self.config.budget is None else not self.affords(self.dearest)
 
     def position(self, step: int) -> float:
         """How far a search is that has done so many steps, in steps; with a budget, in steps of mean cost."""

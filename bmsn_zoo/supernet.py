@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import Layout
-from .search_space import SearchSpace
+from .search_space import SearchSpace, require_weights
 from .unshared import UnsharedSupernet, weights_at
 
 
@@ -24,6 +24,10 @@ class Mixture:
         seed: supernet m starts from weights that depend on `seed` and m alone.
         sharing: whether a unit has one set of weights ("shared"), or one for each resolution, which start with the
             "same" values or at "random", see `UnsharedSupernet`.
+        pretrained: start from the weights that timm knows for the backbone, classifiers apart.
+
+    Raises:
+        InputError: if it has none.
     """
 
     def __init__(
@@ -34,8 +38,9 @@ class Mixture:
         in_chans: int,
         seed: int,
         sharing: str = "shared",
+        pretrained: bool = False,
     ) -> None:
-        self.space, self.sharing = space, sharing
+        self.space, self.sharing, self.pretrained = space, sharing, pretrained
         self.supernets: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             for index in range(mixture_size):
@@ -44,6 +49,9 @@ class Mixture:
 
     def _create(self, num_classes: int, in_chans: int) -> Any:
         create = partial(self.space.backbone.create, num_classes=num_classes, in_chans=in_chans)
+        if self.pretrained:
+            require_weights(self.space.name)
+            create = partial(create, pretrained=True)
         if self.sharing == "shared":
             return create()
         levels = max(layout.num_scales for layout in self.space)
@@ -69,6 +77,18 @@ class Mixture:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take weights as `state_dict` gives them; every name must be there and no other."""
         nn.ModuleDict({str(i): supernet for i, supernet in enumerate(self.supernets)}).load_state_dict(state)
+
+
+def norms_of(supernet: nn.Module) -> str:
+    """Which norms a supernet has, for the records."""
+    kinds = set()
+    for norm in supernet.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            source = "running statistics" if norm.track_running_stats else "statistics of the batch"
+            kinds.add(f"{source}, {'with' if norm.affine else 'without'} scale and shift")
+        elif "Norm" in type(norm).__name__:
+            kinds.add(type(norm).__name__)
+    return "; ".join(sorted(kinds)) or "none"
 
 
 def walk_layouts(supernet: Any, space: SearchSpace, images: Tensor) -> Iterator[Tensor]:

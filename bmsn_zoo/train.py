@@ -39,7 +39,7 @@ from .evaluate import evaluate
 from .export import require_onnx
 from .layout import Layout
 from .model_folder import save_model
-from .models import PoolingResNet, create_model
+from .models import PoolingResNet, RelaidResNet, create_model
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
 from .results import DatasetRecord, SearchResult, TrainDataset, TrainResult, TrialResult
 from .run_folder import (
@@ -58,7 +58,15 @@ from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _DATA = ["dataset", "dataset_id", "dataset_config", "dataset_revision", "image_column", "label_column", "train_split"]
-_INHERITED = [*_DATA, "test_split", "in_chans", "model", "flip", "crop_padding"]  # from the search of the layout
+_INHERITED = [
+    *_DATA,
+    "test_split",
+    "in_chans",
+    "model",
+    "pretrained",
+    "flip",
+    "crop_padding",
+]  # from the search of the layout
 
 
 def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
@@ -121,7 +129,9 @@ class _Training:
         self.epoch_steps = len(self.images) // config.batch_size
 
         torch.manual_seed(config.seed)
-        model = create_network(config, self.layout, self.data)
+        model = create_network(config, self.layout, self.data, config.pretrained)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.final: nn.Module = self.ema.module if self.ema is not None else self.model  # what is measured and saved
@@ -264,7 +274,7 @@ class _Training:
         ).write(folder.path / "trial.json")
         folder.finish()
 
-    def _write_result(self, final: PoolingResNet, measured: dict[str, float]) -> None:
+    def _write_result(self, final: PoolingResNet | RelaidResNet, measured: dict[str, float]) -> None:
         """Write metrics.json and the model folder; read the model back, and compare."""
         config, source, data, folder, test = self.config, self.source, self.data, self.folder, self.test
         assert test is not None
@@ -311,11 +321,14 @@ class _Training:
                 load_training_state(path / "ema.safetensors", self.ema.module)
 
 
-def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> PoolingResNet:
-    """An untrained network for a data set, its timm configuration included."""
+def create_network(
+    config: TrainConfig, layout: Layout, data: ImageData, pretrained: bool = False
+) -> PoolingResNet | RelaidResNet:
+    """An untrained network for a data set, or one of timm's weights; its timm configuration included."""
     return create_model(
         config.model,
         layout=str(layout),
+        pretrained=pretrained,
         num_classes=len(data.label_names),
         in_chans=config.in_chans,
         drop_rate=config.drop_rate,
@@ -331,17 +344,19 @@ def create_network(config: TrainConfig, layout: Layout, data: ImageData) -> Pool
 def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
     """Training settings that a finished search implies: its data, and the layout picked from its ranking.
 
-    The default layout takes the place of a best one that the search could not tell from the others.
+    The default layout, if it was searched, takes the place of a best one that could not be told from the others.
 
     Args:
         result: of the search, as `hub.load_search` gives it.
         pick: "best", "best_within_default_macs", "default", or a layout that the search ranked.
     """
     undecided = result.undecided and pick.startswith("best")
-    entry = result.pick("default" if undecided else pick)
+    entry = result.pick("default" if undecided and result.default else pick)
     if undecided and rank() == 0:
-        _log.warning("training the default layout %s: %s", entry.layout, result.undecided)
+        what = "the default layout" if result.default else "layout"
+        _log.warning("training %s %s: %s", what, entry.layout, result.undecided)
     inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
+    inherited["pretrained"] = bool(inherited["pretrained"])  # older searches do not say
     return {**inherited, "image_size": result.dataset.image_size, "layout": entry.layout}
 
 

@@ -67,3 +67,24 @@ def runs(image_folder):
     import small_runs
 
     return small_runs.make(image_folder)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub for the client in this process, alice being logged in."""
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    with HubServer(orgs={"zoo": ["alice"]}) as server:
+        for name, value in {
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_ETAG_TIMEOUT": 0.3,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        yield server

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -211,24 +210,6 @@ def test_killed_before_the_commit(runs, tmp_path):
 
 
 # in this process
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
-    """A Hub for the client in this process, alice being logged in."""
-    with HubServer(orgs={"zoo": ["alice"]}) as server:
-        for name, value in {
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-            "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_ETAG_TIMEOUT": 0.3,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        yield server
 
 
 def searched(runs):

@@ -9,9 +9,12 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BlurPool2d
 from timm.models import (
@@ -28,9 +31,10 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..client import one_line
+from ..errors import InputError, first_line
 from ..layout import Layout, halve_down, halve_up
-from ..search_space import BACKBONES, OTHERS, Backbone
+from ..search_space import BACKBONES, OTHERS, Backbone, require_weights
 from .pooling_resnet import SupernetNorm, network_cfg, tell_timm
 
 __all__ = ["RelaidResNet", "create_model", "layout_of", "relayout"]
@@ -496,7 +500,7 @@ def _backbone_of(name: str) -> Backbone | None:
     """The backbone of a ResNet of timm; its units are the residual blocks, its default is where timm downsamples."""
     if name.startswith("bmsn_") or not timm.is_model(name):
         return None
-    network: Any = bmsn_relaid(model=name, device="meta")
+    network, cfg = cast(RelaidResNet, bmsn_relaid(model=name, device="meta")), get_pretrained_cfg(name)
     halve, (before, after) = _halve_of(network), _reductions(network)
 
     def stem(side: int) -> int:
@@ -510,34 +514,77 @@ def _backbone_of(name: str) -> Backbone | None:
         default_layout=_default_layout(network),
         halve=halve,
         stem=stem,
+        pretrains=bool(cfg and cfg.hf_hub_id),
     )
 
 
 OTHERS.append(_backbone_of)
 
 
-def _supernet(name: str, **kwargs: Any) -> nn.Module:
-    """A supernet of a ResNet of timm: batch norms use the batch at hand, without scale, shift or running statistics."""
+def _supernet(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A supernet of a ResNet of timm: batch norms use the batch at hand, without running statistics.
+
+    They have no scale and shift either, but where it is pretrained: there these are a part of what the network does.
+    """
     network = bmsn_relaid(model=name, **kwargs)
+    if pretrained:
+        start_pretrained(network, name)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.affine = norm.track_running_stats = False
-            for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            norm.affine, norm.track_running_stats = pretrained, False
+            for tensor in ("running_mean", "running_var", "num_batches_tracked"):
                 setattr(norm, tensor, None)
+            if not pretrained:
+                norm.weight = norm.bias = None  # type: ignore[assignment]
     return network
 
 
-def create_model(name: str, layout: str | Layout, pretrained_cfg_overlay: dict[str, Any], **kwargs: Any) -> Any:
+def start_pretrained(network: Any, name: str) -> None:
+    """Give a network the weights that timm knows for its name, as timm fits them to its channels and classes.
+
+    Raises:
+        InputError: if there are none, they cannot be had, or are no safetensors: a pickle is never opened.
+    """
+    require_weights(name)
+    cfg: Any = get_pretrained_cfg(name)
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    with one_line(f"the pretrained weights {repository}"):
+        try:
+            file = hf_hub_download(repository, "model.safetensors", revision=revision or None)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            raise InputError(
+                f"the pretrained weights {repository} are no safetensors, and pickles stay closed: use another name"
+            ) from None
+    try:
+        overlay = {"file": file, "hf_hub_id": None}
+        size = dict(num_classes=network.num_classes, in_chans=network.in_chans)
+        stock = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+        network.load_state_dict(stock.state_dict())
+    except (RuntimeError, SafetensorError) as error:
+        raise InputError(f"the pretrained weights {repository} do not fit {name}: {first_line(error)}") from error
+
+
+def create_model(
+    name: str, layout: str | Layout, pretrained_cfg_overlay: dict[str, Any], pretrained: bool = False, **kwargs: Any
+) -> Any:
     """The network of a backbone's name with one layout, not a supernet; a ResNet of timm becomes `bmsn_relaid`.
 
     Args:
         name: for `backbone_of`.
+        pretrained: start from the weights that timm knows for the name, see `start_pretrained`.
         pretrained_cfg_overlay: what timm is told of the images; what it knows of those of another training is dropped.
         kwargs: for `timm.create_model`.
     """
-    if name in BACKBONES:
-        return timm.create_model(name, layout=str(layout), pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
-    plain = {key: network_cfg()[key] for key in ("crop_pct", "interpolation")}
-    other = dict(tag=None, crop_mode="center", test_input_size=None, test_crop_pct=None)
-    overlay = {**plain, **other, **pretrained_cfg_overlay}
-    return timm.create_model("bmsn_relaid", model=name, layout=str(layout), pretrained_cfg_overlay=overlay, **kwargs)
+    arguments: dict[str, Any] = {"layout": str(layout), **kwargs}
+    if name not in BACKBONES:
+        plain = {key: network_cfg()[key] for key in ("crop_pct", "interpolation")}
+        other = dict(tag=None, crop_mode="center", test_input_size=None, test_crop_pct=None)
+        pretrained_cfg_overlay = {**plain, **other, **pretrained_cfg_overlay}
+        arguments["model"] = name
+    known = name if name in BACKBONES else "bmsn_relaid"
+    network = timm.create_model(known, pretrained_cfg_overlay=pretrained_cfg_overlay, **arguments)
+    if pretrained:
+        start_pretrained(network, name)
+    return network
