@@ -92,6 +92,12 @@ def standard_error(accuracy: float, images: int) -> float:
     return (likely * (1 - likely) / images) ** 0.5
 
 
+def ties(accuracy: float, first: float, images: int) -> bool:
+    """Whether two accuracies (fractions) on so many images are within twice the standard error of their difference."""
+    variance = standard_error(accuracy, images) ** 2 + standard_error(first, images) ** 2
+    return abs(first - accuracy) <= 2 * variance**0.5
+
+
 def ranked_rows(search: SearchResult, top: int) -> Iterator[tuple[int, Entry, str]]:
     """Place, layout and what is notable of it: the best `top`, the default, and the best that costs no more."""
     for place, entry in enumerate(search.ranking, 1):
@@ -126,7 +132,7 @@ def template_environment(autoescape: bool = False) -> jinja2.Environment:
         hardware=_hardware,
         command=_command,
     )
-    environment.globals.update(standard_error=standard_error, interval=interval)
+    environment.globals.update(standard_error=standard_error, interval=interval, ties=ties)
     return environment
 
 
@@ -140,7 +146,7 @@ def _chosen(result: TrainResult, search: SearchResult | None) -> str:
     pick = str(result.settings.get("pick"))
     named = search is not None and not search.undecided and pick in ("best", "best_within_default_macs")
     if search and named and search.pick(pick).layout == result.layout:
-        return "best" if search.best.layout == result.layout else pick
+        return "best" if search.pick("best").layout == result.layout else pick
     return "usual" if result.layout == str(backbone_of(result.model).default_layout) else "hand"
 
 

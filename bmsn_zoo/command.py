@@ -32,6 +32,11 @@ def follow(run: Any) -> None:
     _run = run
 
 
+def followed() -> Any:
+    """What `follow` named last."""
+    return _run
+
+
 def run_command(run: Callable[[], None]) -> int:
     """Run a command to its exit code: 2, and one line on standard error, for what a user can mend.
 

@@ -156,7 +156,28 @@ class SearchConfig(DataConfig):
     )
     strategy: str = setting(
         "balanced",
-        "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea",
+        "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea; "
+        "or layouts alone: random, halving, evolution, brute-force",
+    )
+    trials: int = setting(8, "random, evolution: layouts to train alone", 1)
+    trial_seeds: int = setting(1, "brute-force: seeds of each layout", 1, 1000)
+    eta: int = setting(
+        3, "halving: a rung has 1/eta of the layouts of the one before, and eta times its epochs", 2, 100
+    )
+    jobs: int | None = setting(
+        None,
+        "trainings side by side, where layouts are trained alone; one for each GPU, or CPU thread",
+        1,
+        environment=True,
+    )
+    cluster: str | None = setting(
+        None, "cluster that trains them: dask://HOST:PORT of a dask scheduler; this machine", environment=True
+    )
+    confirm: int = setting(
+        4, "then train so many choices alone, the default layout among them, and test which beat it; 0 is off", 0, 1000
+    )
+    confirm_epochs: int | None = setting(
+        None, "epochs of each of these; as many as make all of them train as long as the search did", 1
     )
     draws: str = setting(
         "random",
@@ -184,7 +205,9 @@ class SearchConfig(DataConfig):
         30, "passes over the weight split in all, so each supernet gets 1/M of them; more for few images", 1
     )
     budget: float | None = setting(
-        None, "multiply-accumulates to spend, such as 1.4e14, evaluations included, instead of a number of epochs", 1
+        None,
+        "multiply-accumulates to spend, such as 1.4e14, evaluations included, confirmation aside, instead of epochs",
+        1,
     )
     batch_size: int = setting(128, "images of one step, over all processes; smaller for few images", 2)
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
@@ -235,6 +258,8 @@ class SearchConfig(DataConfig):
                 raise InputError(f"{name.replace('_', '-')} {brief(limit)} is no limit: give {wanted}")
         if self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
             raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
+        if self.confirm == 1:
+            raise InputError("confirm 1 leaves the default layout alone: give 2 or more, or 0")
 
 
 def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:

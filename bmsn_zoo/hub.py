@@ -228,12 +228,13 @@ def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[st
         return f"{model.pretrained_cfg['architecture']} {model.layout}", MODEL_FILES, files  # type: ignore[index]
     if not (folder / "search.json").is_file():
         raise InputError(f"{folder} holds neither a model (config.json) nor a finished search (search.json)")
-    result = portable(load_supernets(str(folder))[0])
+    searched = load_search(str(folder))
+    result = portable(searched if "trials" in searched.details else load_supernets(str(folder))[0])
     files = {name: folder / name for name in SEARCH_FILES if (folder / name).is_file()}
     files["README.md"] = search_card(result, repo_id).encode()
     files["config.yaml"] = yaml.safe_dump(result.settings, sort_keys=False).encode()
     files["search.json"] = (json.dumps(result.content(), indent=1) + "\n").encode()
-    choice = "no winner" if result.undecided else f"first choice {result.best.layout}"
+    choice = "no winner" if result.undecided else f"first choice {result.pick('best').layout}"
     return f"search of {result.model}, {choice}", SEARCH_FILES, files
 
 

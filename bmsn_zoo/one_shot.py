@@ -37,12 +37,13 @@ from .layout import Layout
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
 from .ranking import build_result, why_undecided
-from .results import Ranking, SearchDataset, SearchResult
+from .results import Confirmation, Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
 from .search_space import SearchSpace
 from .spending import Spending
 from .step import Trainer
 from .supernet import Mixture, count_correct, norms_of
+from .trials.confirm import confirm
 
 _log = logging.getLogger(__name__)
 _TRIED_ON_CPU = 1e11  # multiply-accumulates of a step
@@ -113,6 +114,8 @@ class OneShotSearch:
                 _log.info("%d of %d layouts cost no more than allowed", len(self.space), whole)
         self.config = config = fit_to_images(config, len(self.data.images))
         self.role = Role.of(config, accelerator)
+        if config.confirm:  # in which all processes train together
+            check_batch_size(config.batch_size, accelerator.num_processes)
         # one half of the training images trains weights, the other scores layouts; the test images stay closed
         labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
         self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
@@ -238,10 +241,15 @@ class OneShotSearch:
             self.spending.late = len(self.late)
 
     def finish(self, epochs: int) -> None:
-        """The last evaluation of a search of so many epochs, and its result."""
-        self.evaluate_late(self.config.evaluate_last)
+        """The last evaluation of a search of so many epochs, the confirmation of its choices, and its result."""
+        config, confirmed = self.config, None
+        self.evaluate_late(config.evaluate_last)
+        found = self.rank(torch.stack(self.late).mean(0))
+        if config.confirm and found.default:
+            each = config.confirm_epochs or -(-epochs // config.confirm)
+            confirmed = confirm(found, config, each, self.folder.path, self.accelerator)
         if self.accelerator.is_main_process:
-            self._write_result(torch.stack(self.late).mean(0), epochs)
+            self._write_result(found, confirmed, epochs)
         self.accelerator.wait_for_everyone()
 
     def batches(self, epoch: int) -> Any:
@@ -336,7 +344,7 @@ class OneShotSearch:
                     correct[:, m] += count_correct(self.mixture.supernets[m], self.space, inputs, labels)
         return self.accelerator.reduce(correct, "sum").cpu().double() / len(images)
 
-    def _write_result(self, accuracy_matrix: Tensor, epochs: int) -> None:
+    def _write_result(self, found: Ranking, confirmed: Confirmation | None, epochs: int) -> None:
         """Write search.json and what belongs to it."""
         config, mixture, folder = self.config, self.mixture, self.folder
         for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
@@ -345,7 +353,6 @@ class OneShotSearch:
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
         folder.touch()
-        found = self.rank(accuracy_matrix)
         described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
         chance = np.bincount(self.score_split.labels.cpu()).max() / score
         said = self.strategy.result()
@@ -353,14 +360,15 @@ class OneShotSearch:
             said["details"] = {**said.get("details", {}), "late_accuracies": [a.amax(1).tolist() for a in self.late]}
         SearchResult(
             **dict(found),
-            undecided=why_undecided(found, chance, score),
+            undecided=why_undecided(found, chance, score) if confirmed is None else confirmed.abstains,
+            confirmed=confirmed,
             **said,
             **folder.summary(),
             recipe=config.recipe,
             settings=config.settings(),
             seed=config.seed,
             epochs=epochs,
-            spent_macs=self.spending.spent,
+            spent_macs=self.spending.spent + (confirmed.spent_macs if confirmed else 0),
             norms=norms_of(mixture.supernets[0]),
             dataset=SearchDataset(**described, weight_images=weight, score_images=score),
             peak_memory_mib=_peak_memory_mib(self.device),

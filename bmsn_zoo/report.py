@@ -8,14 +8,19 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .card import percent, ranked_rows, standard_error
+from .card import percent, ranked_rows, standard_error, ties
 from .command import run_command
 from .errors import InputError
 from .files import read_text
-from .results import Entry, Run, SearchResult, TrainResult, TrialResult, fault
+from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault
 from .usage import parser_of, start_of
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
+_NAMES = {
+    "default": "train the default",
+    "best_within_default_macs": "the best within the default's cost",
+    "best": "the best",
+}
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a picture can show
 
 
@@ -82,7 +87,11 @@ def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequ
 
 def draw_search(folder: Path) -> None:
     """Draw the pictures of a finished search into its folder `pictures/`."""
-    result, rows = SearchResult.read(folder / "search.json"), _epochs(folder, _SearchEpoch)
+    result = SearchResult.read(folder / "search.json")
+    if "trials" in result.details:  # layouts that were trained alone: no supernets to show
+        _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
+        return
+    rows = _epochs(folder, _SearchEpoch)
     if result.assignment_matrix is not None:
         _draw_assignment(result, result.assignment_matrix, folder / "pictures" / "assignment.png")
     _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
@@ -137,7 +146,10 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("multiply-accumulates for one image, millions")
     axes.set_ylabel("score-split accuracy in the search, %")
-    axes.set_title(f"{len(result.layouts)} layouts, best of {result.mixture_size} supernets")
+    alone = "trained alone" if "trials" in result.details else f"best of {result.mixture_size} supernets"
+    axes.set_title(
+        f"{len(result.layouts)} layouts, {alone}\n{result.confirmed.verdict if result.confirmed else ''}".strip()
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -160,13 +172,18 @@ def draw_training(folder: Path) -> None:
 def search_table(result: SearchResult, top: int = 5) -> str:
     """The best layouts, the default one and the Pareto front as a text table; every layout once in each part."""
 
+    images, first = result.dataset.score_images, result.best.accuracy
+
     def row(place: int, entry: Entry, note: str = "") -> str:
-        macs = f"{entry.macs / 1e6:.1f}"
-        return f"{place:>5}  {entry.layout:<14}  {percent(entry.accuracy):>8}  {macs:>8}  {note}".rstrip()
+        macs, error = f"{entry.macs / 1e6:.1f}", standard_error(entry.accuracy, images)
+        if entry.layout != result.best.layout and ties(entry.accuracy, first, images) and not result.probability:
+            note = f"{note}, tie with the first" if note else "tie with the first"
+        accuracy = f"{percent(entry.accuracy):>8} ± {100 * error:.2f}"
+        return f"{place:>5}  {entry.layout:<14}  {accuracy:>15}  {macs:>8}  {note}".rstrip()
 
     return "\n".join(
         [
-            f"{'rank':>5}  {'layout':<14}  {'accuracy':>8}  {'MACs (M)':>8}",
+            f"{'rank':>5}  {'layout':<14}  {'accuracy':>15}  {'MACs (M)':>8}",
             *(row(*found) for found in ranked_rows(result, top)),
             "Pareto front, cheapest first:",
             *(row(result.place(entry.layout), entry) for entry in result.pareto_front),
@@ -175,20 +192,49 @@ def search_table(result: SearchResult, top: int = 5) -> str:
 
 
 def print_search(folder: Path) -> None:
-    """Print what a search found and how to retrain it."""
+    """Print what a search found, and three commands to go on with, each with its cost and evidence."""
     result = SearchResult.read(folder / "search.json")
-    retrain = "retrain the winner:   "
-    if result.undecided:
-        kept = (
-            f": keep the default {result.default.layout}\ntrain the default:    " if result.default else f"\n{retrain}"
-        )
-        retrain = f"no winner: {result.undecided}{kept}"
+    verdict = confirmation_table(result.confirmed) if result.confirmed else ""
+    if result.undecided and not result.confirmed:
+        kept = f": keep the default {result.default.layout}" if result.default else ""
+        verdict = f"no winner: {result.undecided}{kept}\n"
     sys.stdout.write(
         f"{len(result.layouts)} layouts, ranked by {result.ranked_by} (n = 1 search):\n"
-        f"{search_table(result)}\n"
+        f"{search_table(result)}\n{verdict}"
         f"results and pictures: {folder}\n"
-        f"{retrain}{start_of('train')} --from-search {shlex.quote(str(folder))}\n"
     )
+    for pick, name in _NAMES.items():
+        if pick == "best" or result.default:
+            command = f"{start_of('train')} --from-search {shlex.quote(str(folder))}"
+            command += "" if pick == "best" else f" --pick {pick}"
+            sys.stdout.write(f"{name + ':':<39}{command}\n    {_evidence(result, pick)}\n")
+
+
+def confirmation_table(confirmed: Confirmation) -> str:
+    """The choices of a search that were trained alone, as a text table, and what they show."""
+    lines = [f"{len(confirmed.choices)} of them trained alone for {confirmed.epochs} epochs (the same score images):"]
+    for choice in confirmed.choices:
+        error = standard_error(choice.accuracy, choice.images)
+        tested = "default" if choice.p_value is None else f"p = {choice.p_value:.2g}"
+        accuracy = f"{percent(choice.accuracy)} ± {100 * error:.2f}"
+        lines.append(f"{'':>5}  {choice.layout:<14}  {accuracy}  {choice.macs / 1e6:>8.1f}  {tested}")
+    return "\n".join([*lines, confirmed.verdict]) + "\n"
+
+
+def _evidence(result: SearchResult, pick: str) -> str:
+    """Which layout a choice is, what it costs, and what is known of it."""
+    undecided = result.undecided and result.default
+    entry = result.pick("default" if undecided else pick)
+    cost = f"{entry.macs / 1e6:.1f} M MACs"
+    if result.default:
+        cost += f", {entry.macs / result.default.macs:.2f} x the default's"
+    known = f"{percent(entry.accuracy)} in the search, not confirmed"
+    for choice in result.confirmed.choices if result.confirmed else ():
+        if choice.layout == entry.layout:
+            known = f"{percent(choice.accuracy)} ± {100 * standard_error(choice.accuracy, choice.images):.2f} alone"
+    if pick != "default" and result.default and entry.layout == result.default.layout:
+        return f"{entry.layout}, the default: nothing else is shown to be better"
+    return f"{entry.layout}, {cost}, {known}"
 
 
 def print_pushed(address: str) -> None:
@@ -234,9 +280,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             searched = file == "search.json"
             (draw_search if searched else draw_training)(folder)
             (print_search if searched else print_training)(folder)
-            followed = (folder / "metrics.jsonl").exists()
+            result = kinds[file].read(folder / file)
+            alone = isinstance(result, SearchResult) and "trials" in result.details  # whose epochs are the trials'
+            followed = (folder / "metrics.jsonl").exists() and not alone
             rows = _epochs(folder, _SearchEpoch if searched else _TrainEpoch) if followed else []
-            runs.append((folder, kinds[file].read(folder / file), rows))
+            runs.append((folder, result, rows))
         page = given.output or given.run[0] / "report.html"
         write_page(runs, page)
         sys.stdout.write(f"open in a browser:    {page}\n")

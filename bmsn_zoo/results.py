@@ -1,7 +1,7 @@
 """What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ from .layout import Layout
 from .search_space import SearchSpace
 
 SCHEMA_VERSION: Literal[2] = 2
+_LEVEL = 0.05  # of significance
 CHOICES = ("best", "best_within_default_macs", "default")  # entries of a search that have a name
 
 
@@ -291,17 +292,103 @@ class Ranking(Record):
         return self.ranking.index(self.pick(layout)) + 1
 
 
+class Choice(Record):
+    """A choice of a search that was trained alone, and measured on the score split.
+
+    Attributes:
+        right: of so many `images` it classified correctly.
+        better: images that it alone gets right, of it and the default; `worse` those that the default alone does.
+        p_value: McNemar's, exact, two-sided, corrected for all comparisons (Holm); None for the default.
+    """
+
+    layout: LayoutText
+    right: Count
+    images: Annotated[int, Field(ge=1, lt=2**63)]
+    macs: Count
+    better: Count
+    worse: Count
+    p_value: Fraction | None
+
+    @property
+    def accuracy(self) -> float:
+        """On the score split, a fraction."""
+        return self.right / self.images
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is shown to be better than the default."""
+        return self.p_value is not None and self.p_value < _LEVEL and self.better > self.worse
+
+
+class Confirmation(Record):
+    """Confirmation of a search: its choices, each trained alone.
+
+    Attributes:
+        choices: those that beat the default first, then by accuracy.
+        default: the layout that they were compared with.
+        best: the most accurate of those that beat it; the default if none does.
+        best_within_default_macs: the same among those that cost no more.
+        verdict: what that means, in a line.
+        epochs: of each, by a schedule of that length.
+        spent_macs: multiply-accumulates of all of it.
+    """
+
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1000), FailFast()]
+    default: LayoutText
+    best: LayoutText
+    best_within_default_macs: LayoutText
+    verdict: Annotated[str, Field(max_length=300)]
+    epochs: Annotated[int, Field(ge=1, lt=2**63)]
+    seed: Count
+    spent_macs: Count
+
+    @classmethod
+    def of(cls, choices: Iterable[Choice], default: str, **about: Any) -> "Confirmation":
+        """What the choices show; `about` are the fields that say how they were trained."""
+        ordered = sorted(choices, key=lambda choice: (not choice.wins, -choice.right, choice.macs, choice.layout))
+        return cls(**{**about, "choices": ordered, "default": default, **_conclusions(ordered, default)})
+
+    @property
+    def abstains(self) -> str | None:
+        """The verdict, where it keeps the default."""
+        return self.verdict if self.best == self.default else None
+
+    @model_validator(mode="after")
+    def _is_what_choices_say(self) -> Self:
+        if self.default not in [choice.layout for choice in self.choices]:
+            raise ValueError("its default is none of its choices")
+        for name, value in _conclusions(self.choices, self.default).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"its {name} is not what its choices say")
+        return self
+
+
+def _conclusions(choices: Sequence[Choice], default: str) -> dict[str, str]:
+    """The best of the ordered choices, the best within the default's cost, and the verdict."""
+    usual = next(choice for choice in choices if choice.layout == default)
+    best = next((choice for choice in choices if choice.wins), usual)
+    within = next((choice for choice in choices if choice.wins and choice.macs <= usual.macs), usual)
+    verdict = f"no layout beats the default: keep {default}"
+    if best.p_value is not None:
+        level = next((level for level in (0.001, 0.01) if best.p_value < level), _LEVEL)
+        points, evidence = 100 * (best.accuracy - usual.accuracy), f"p < {level}, {best.images:,} images, 1 seed"
+        verdict = f"{best.layout} beats the default {default} by {points:.1f} points ({evidence})"
+    return {"best": best.layout, "best_within_default_macs": within.layout, "verdict": verdict}
+
+
 class SearchResult(Ranking, Run):
     """Result of a search.
 
     Attributes:
-        undecided: why no layout can be called the best, see `ranking.why_undecided`; None if one can.
+        undecided: why no layout can be called the best; None if one can. The confirmation's verdict, if it abstains;
+            of an unconfirmed search see `ranking.why_undecided`.
         assignment_matrix: p(supernet given layout), (L, M); None where the strategy has none.
         scores: moving averages of the score accuracy that the strategy went by, fractions, (L, M); None likewise.
         spent_macs: multiply-accumulates of the convolutions of the whole run: training steps three times their
             forward, scoring and the last evaluation (of layouts that begin alike, what they share counts once).
         norms: those of its supernets.
         details: what else the strategy says of its search.
+        confirmed: what its choices showed when they were trained alone; None if they were not.
     """
 
     settings: Annotated[Settings, _checked(SearchConfig)]
@@ -313,6 +400,19 @@ class SearchResult(Ranking, Run):
     spent_macs: Count | None = None
     norms: str | None = None
     details: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = {}
+    confirmed: Confirmation | None = None
+
+    @model_validator(mode="after")
+    def _confirms_its_own(self) -> Self:
+        if self.confirmed and not {choice.layout for choice in self.confirmed.choices} <= set(self.layouts):
+            raise ValueError("it confirms layouts that it does not rank")
+        return self
+
+    def pick(self, choice: str) -> Entry:
+        """An entry by its name or its layout; of a confirmed search, "best" is what its confirmation says."""
+        if self.confirmed and choice in ("best", "best_within_default_macs"):
+            choice = getattr(self.confirmed, choice)
+        return super().pick(choice)
 
 
 class TrainResult(Run):

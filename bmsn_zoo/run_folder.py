@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .command import follow
+from .command import follow, followed
 from .config import ConfigT, DataConfig, build_config
 from .errors import InputError, brief, first_line
 from .files import one_line, read_json, read_yaml, sha256, write_bytes, write_json, write_text
@@ -118,6 +118,7 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
     Raises:
         InputError: if it cannot be written, is in use, holds files already, or holds nothing to resume.
     """
+    outer = followed()
     with ExitStack() as stack:
         folder, error = None, None
         if PartialState().is_main_process:
@@ -135,7 +136,7 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
             folder = RunFolder(Path(path), main=False)
             folder.epoch = epoch
         yield folder
-        follow(None)  # not after an error, which says how to go on
+        follow(outer)  # not after an error, which says how to go on
 
 
 @contextmanager
@@ -257,7 +258,8 @@ class RunFolder:
         write_bytes(metrics, kept)
         kind: Any = _kind(type(config))
         self._update(RunState(kind=kind, settings=config.settings(), identity=identity, segments=[*segments, new]))
-        follow(self)
+        if followed() is None:  # else it is a part of that run, with which it is resumed
+            follow(self)
 
     def _update(self, state: RunState, sync: bool = True) -> None:
         self.state = state

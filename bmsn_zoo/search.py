@@ -20,6 +20,8 @@ from .run_folder import RunFolder, last_precision, open_run, resolve_config
 from .spending import cost_quarters, decay_powers
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import STRATEGIES, Draw, Strategy, create_strategy
+from .trials import PLANS
+from .trials.plan_search import PlanSearch
 from .usage import parser_of
 
 _EXCHANGE_STEPS = 32  # steps between exchanges among processes that own supernets
@@ -40,6 +42,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
     kinds: dict[str, Any] = {**dict.fromkeys(STRATEGIES, _Search), **dict.fromkeys(RELAXED, RelaxedSearch)}
+    kinds |= dict.fromkeys(PLANS, PlanSearch)
     if config.strategy not in kinds:
         raise InputError(f"strategy {config.strategy!r} is unknown: use {', '.join(kinds)}")
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)

@@ -116,7 +116,7 @@ class _Training:
             # the test images too: what is wrong with them must not be found after the whole training
             self.data = self.source.train()
             self.test = None if self.is_trial else self.source.test(check=accelerator.is_main_process)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not self.is_trial:
             _log.info(self.source.summary())
         self.images, self.holdout = self.data.images.near(self.device), None
         if config.holdout:

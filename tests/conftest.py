@@ -15,6 +15,10 @@ def pytest_configure(config):
     home = tempfile.mkdtemp(prefix="bmsn-zoo-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(HF_HOME=home, HF_DATASETS_CACHE=os.path.join(home, "datasets"), HF_HUB_OFFLINE="1")
+    from bmsn_zoo.config import SearchConfig
+
+    SearchConfig.model_fields["confirm"].default = 0  # searches of tests are confirmed where a test asks for it
+    SearchConfig.model_rebuild(force=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 30 times slower on a busy machine
 
 

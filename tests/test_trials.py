@@ -1,12 +1,25 @@
 """Trials: trainings that are measured on held-out training images, and the plans that are made of them."""
 
-import pytest
+import csv
+from collections import Counter
+from itertools import pairwise
+from math import comb
 
-from bmsn_zoo import hub
+import numpy as np
+import pytest
+import torch
+
+from bmsn_zoo import hub, reference, report
+from bmsn_zoo import search as search_module
 from bmsn_zoo import train as train_module
+from bmsn_zoo.card import portable, search_card
+from bmsn_zoo.compare import expected_best
+from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.errors import InputError
-from bmsn_zoo.results import TrialResult
+from bmsn_zoo.results import Confirmation, SearchResult, TrialResult
 from bmsn_zoo.run_folder import load_tensors
+from bmsn_zoo.search_space import SearchSpace
+from bmsn_zoo.trials import PLANS, confirm, runner
 
 COMMON = ("--batch-size", "16", "--epochs", "1", "--mixed-precision", "no")
 
@@ -59,3 +72,208 @@ def test_what_a_trial_cannot_do_is_one_line(extra, closed, tmp_path, capsys):
     )
     assert capsys.readouterr().err.startswith("error: measure holdout")
     assert not output.exists()
+
+
+# plans
+
+
+def play(plan, truth, backwards=False):
+    """Run a plan on known accuracies; returns the batches of trials that it asked for."""
+    done, batches = {}, []
+    while trials := plan.next(dict(reversed(done.items())) if backwards else done):
+        assert not set(trials) & set(done), "nothing is done twice"
+        batches.append(trials)
+        done |= {trial: truth[trial.layout] for trial in trials}
+    return batches
+
+
+SPACE = SearchSpace("bmsn_resnet20")
+TRUTH = reference.table("cifar10-resnet20").accuracy
+
+
+@pytest.mark.parametrize("strategy", PLANS)
+def test_a_plan_depends_on_its_seed_and_the_accuracies_alone(strategy):
+    def batches(seed, backwards=False):
+        config = SearchConfig(strategy=strategy, epochs=200, trials=14, seed=seed)
+        return play(PLANS[strategy](SPACE, config), TRUTH, backwards)
+
+    assert batches(3) == batches(3, backwards=True)
+    assert {trial.layout for trial in batches(3)[0]} <= set(SPACE)
+    if strategy in ("random", "evolution"):
+        assert batches(3) != batches(4)
+        assert len({trial.layout for batch in batches(3) for trial in batch}) == 14
+
+
+def test_halving_trains_fewer_layouts_for_longer_from_rung_to_rung():
+    for eta, rungs in ((3, [(36, 7), (12, 22), (4, 67), (1, 200)]),
+                       (2, [(36, 6), (18, 12), (9, 25), (4, 50), (2, 100), (1, 200)])):  # fmt: skip
+        batches = play(PLANS["halving"](SPACE, SearchConfig(epochs=200, eta=eta)), TRUTH)
+        assert [(len(batch), batch[0].epochs) for batch in batches] == rungs
+        assert str(batches[-1][0].layout) == "7-1-2", "without noise, the best of all"
+        for before, after in pairwise(batches):
+            worst = min(TRUTH[trial.layout] for trial in after)
+            left_out = {trial.layout for trial in before} - {trial.layout for trial in after}
+            assert worst >= max(TRUTH[layout] for layout in left_out)
+
+
+def test_evolution_moves_one_cut_by_one_and_finds_more_than_chance():
+    found = []
+    for seed in range(10):
+        batches = play(PLANS["evolution"](SPACE, SearchConfig(epochs=200, trials=18, seed=seed)), TRUTH)
+        assert [len(batch) for batch in batches] == [10] + [1] * 8
+        layouts = [trial.layout for batch in batches for trial in batch]
+        for place, child in enumerate(layouts[10:], 10):
+            cuts = [np.cumsum(layout.units_per_scale)[:-1] for layout in (child, *layouts[:place])]
+            assert min(np.abs(cuts[0] - other).sum() for other in cuts[1:]) == 1
+        found.append(max(TRUTH[layout] for layout in layouts))
+    assert np.mean(found) > expected_best(TRUTH, 16)
+
+
+def test_brute_force_trains_every_layout_with_every_seed():
+    (batch,) = play(PLANS["brute-force"](SPACE, SearchConfig(epochs=5, trial_seeds=2, seed=7)), TRUTH)
+    assert Counter(trial.layout for trial in batch) == dict.fromkeys(SPACE, 2)
+    assert {trial.seed for trial in batch} == {7, 8}
+
+
+# runs
+
+PLAN = ("--strategy", "brute-force", "--default-layout", "5-5", *COMMON, "--threads", "1", "--jobs", "1")
+
+
+@pytest.fixture(scope="module")
+def brute(closed, tmp_path_factory):
+    """A brute force of nine layouts, killed in its fourth training, and resumed."""
+    output = tmp_path_factory.mktemp("brute") / "run"
+    real, count = runner.train, 0
+
+    def train(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            run(search_module, "--dataset", closed, *PLAN, "--output", output)
+        assert run(search_module, "--output", output, "--resume") == 0
+    assert count == 10, "three were read, one was lost"
+    return output
+
+
+def test_a_plan_ends_in_a_search_that_training_takes(brute, capsys):
+    result = SearchResult.read(brute / "search.json")
+    assert len(result.ranking) == len(result.details["trials"]) == 9
+    assert result.mixture_size == 1 and result.assignment_matrix is None
+    assert result.spent_macs == sum((3 * 32 + 32) * entry.macs for entry in result.ranking)
+    settings = train_module.settings_from_search(result, "7-3")
+    assert settings["layout"] == "7-3"
+    rows = list(csv.DictReader((brute / "ground_truth.csv").open()))
+    accuracies = {entry.layout: entry.accuracy for entry in result.ranking}
+    assert {row["layout"]: float(row["standalone_top1"]) for row in rows} == {
+        layout: round(100 * accuracy, 2) for layout, accuracy in accuracies.items()
+    }
+    assert "trained alone" not in (card := search_card(portable(result), "me/search"))
+    assert "standalone trainings (brute-force)" in card and "init-from" not in card
+    assert run(report, brute) == 0
+    assert "9 layouts, ranked by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--strategy", "random", "--budget", "1e12"), "budget says nothing to strategy random"),
+        (("--strategy", "random", "--cluster", "slurm"), "cluster 'slurm' is unknown: give dask://HOST:PORT"),
+        (("--strategy", "random", "--cluster", "dask://127.0.0.1:1"), "cluster dask://127.0.0.1:1 does not answer"),
+        (("--confirm", "1"), "confirm 1 leaves the default layout alone"),
+    ],
+    ids=["budget", "engine", "address", "confirm"],
+)
+def test_mistakes_are_one_line(flags, expected, closed, tmp_path, capsys):
+    assert run(search_module, "--dataset", closed, *flags, "--output", tmp_path / "run") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {expected}")
+
+
+# confirmation
+
+
+def test_the_test_is_mcnemars_exact_one_with_holms_correction():
+    usual = torch.zeros(1000, dtype=torch.bool)
+    usual[:500] = True
+    better, luck, same = usual.clone(), usual.clone(), usual.clone()
+    better[500:520], better[0] = True, False
+    luck[500:508], luck[0:2] = True, False
+    right = {"4-3-3": usual, "5-3-2": better, "6-3-1": luck, "3-4-3": same}
+    choices = {choice.layout: choice for choice in confirm.compare(right, dict.fromkeys(right, 10))}
+    one = 2 * sum(comb(21, k) for k in (0, 1)) / 2**21
+    other = 2 * sum(comb(10, k) for k in range(3)) / 2**10
+    assert choices["5-3-2"].p_value == pytest.approx(3 * one)
+    assert choices["6-3-1"].p_value == pytest.approx(2 * other)
+    assert choices["3-4-3"].p_value == 1 and choices["4-3-3"].p_value is None
+    about = {"epochs": 3, "seed": 0, "spent_macs": 7}
+    found = Confirmation.of(choices.values(), "4-3-3", **about)
+    assert found.verdict == "5-3-2 beats the default 4-3-3 by 1.9 points (p < 0.001, 1,000 images, 1 seed)"
+    assert (found.best, found.best_within_default_macs, found.abstains) == ("5-3-2", "5-3-2", None)
+    assert found.choices[0].layout == "5-3-2"
+    dear = Confirmation.of(confirm.compare(right, {**dict.fromkeys(right, 10), "5-3-2": 11}), "4-3-3", **about)
+    assert (dear.best, dear.best_within_default_macs) == ("5-3-2", "4-3-3")
+    reverse = Confirmation.of(confirm.compare(dict(reversed(right.items())), dict.fromkeys(right, 1)), "3-4-3", **about)
+    assert reverse.best == "5-3-2", "whichever is the default"
+    worse = Confirmation.of(
+        confirm.compare({"5-3-2": better, "4-3-3": usual}, dict.fromkeys(right, 1)), "5-3-2", **about
+    )
+    assert worse.verdict == worse.abstains == "no layout beats the default: keep 5-3-2"
+    with pytest.raises(ValueError, match="best is not what its choices say"):
+        Confirmation(**{**dict(found), "best": "6-3-1"})
+
+
+CONFIRMED = (*COMMON, "--mixture-size", "1", "--threads", "1", "--confirm", "3", "--confirm-epochs", "1")
+
+
+def test_a_confirmation_that_shows_nothing_keeps_the_default_and_goes_on_where_it_was_killed(closed, tmp_path, capsys):
+    whole, broken, real, layouts = tmp_path / "whole", tmp_path / "broken", runner.train, []
+    assert run(search_module, "--dataset", closed, *CONFIRMED, "--output", whole) == 0
+    printed = capsys.readouterr().out
+    result = SearchResult.read(whole / "search.json")
+    assert result.confirmed and len(result.confirmed.choices) == 3
+    named = {entry.layout for entry in (result.best, result.default, result.best_within_default_macs)}
+    assert named <= {choice.layout for choice in result.confirmed.choices}
+    assert result.undecided == result.confirmed.verdict == "no layout beats the default: keep 4-3-3"
+    assert result.pick("best").layout == "4-3-3" == train_module.settings_from_search(result, "best")["layout"]
+    assert "no layout beats the default: keep 4-3-3\n" in printed
+    assert printed.count(" --from-search ") == 3
+    assert "keep 4-3-3" in search_card(portable(result), "me/search")
+
+    def train(config, *arguments, **options):
+        if len(layouts) == 1:
+            layouts.append("killed")
+            raise KeyboardInterrupt
+        layouts.append(config.layout)
+        return real(config, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            run(search_module, "--dataset", closed, *CONFIRMED, "--output", broken)
+        assert run(search_module, "--output", broken, "--resume") == 0
+    assert len(layouts) == 4 and len(set(layouts)) == 4, "none is trained twice"
+    again = SearchResult.read(broken / "search.json")
+    assert (again.confirmed, again.spent_macs) == (result.confirmed, result.spent_macs)
+    alone = sum((3 * 32 + 32) * choice.macs for choice in result.confirmed.choices)
+    assert result.confirmed.spent_macs == alone < result.spent_macs
+
+
+def test_where_labels_do_not_depend_on_detail_the_default_is_kept(image_dataset, tmp_path):
+    """Plain colours: every layout tells them apart."""
+    import datasets
+
+    colours = np.repeat(np.eye(4, 3), 24, 0)[:, None, None] * np.full((1, 16, 16, 1), 255)
+    data = {"image": list(colours.astype(np.uint8)), "label": np.repeat(range(4), 24).tolist()}
+    table = datasets.Dataset.from_dict(data, features=image_dataset["train"].features)
+    datasets.DatasetDict(train=table, test=image_dataset["test"]).save_to_disk(tmp_path / "plain")
+    flags = ("--dataset", tmp_path / "plain", *CONFIRMED[2:], "--batch-size", "8", "--epochs", "3", "--lr", "0.02")
+    assert run(search_module, *flags, "--confirm-epochs", "3", "--output", tmp_path / "run") == 0
+    result = SearchResult.read(tmp_path / "run" / "search.json")
+    assert result.pick("best") == result.default
+    assert result.confirmed.abstains

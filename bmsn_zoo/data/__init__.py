@@ -2,6 +2,7 @@
 
 from .batches import (
     AUGMENT,
+    CHOICE,
     MIX,
     ORDER,
     SCORE_ORDER,

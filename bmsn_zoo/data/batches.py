@@ -13,7 +13,7 @@ from ..errors import InputError
 from .pixels import RowLoader, RowReader
 
 # purposes of random numbers, so that no two streams of one seed are alike
-ORDER, AUGMENT, SCORE_ORDER, SPLIT, MIX = range(5)
+ORDER, AUGMENT, SCORE_ORDER, SPLIT, MIX, CHOICE = range(6)
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:

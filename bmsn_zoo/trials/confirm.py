@@ -1,0 +1,90 @@
+"""Confirmation of a ranking: its choices are trained alone, and each is tested against the default."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from scipy.stats import binomtest
+from torch import Tensor
+
+from ..config import SearchConfig
+from ..layout import Layout
+from ..results import Choice, Confirmation, Ranking
+from ..run_folder import load_tensors
+from .protocol import Trial
+from .runner import run_trial, trial_config, trial_folder
+
+_log = logging.getLogger(__name__)
+
+
+def confirm(
+    found: Ranking, config: SearchConfig, epochs: int, home: Path, accelerator: Accelerator
+) -> Confirmation | None:
+    """Train a search's choices alone on its weight split, measure them on its score split, and test the differences.
+
+    The choices are the default layout, the best, the best within the default's cost, then the next of the ranking. To
+    be called by every process: they train together. What was trained before an interruption is read.
+
+    Args:
+        found: the ranking, which holds the default layout.
+        config: of the search; `confirm` is the number of choices.
+        epochs: of each, by a schedule of that length.
+        home: the run folder of the search.
+        accelerator: of this process.
+
+    Returns:
+        what they showed; None in processes after the first.
+    """
+    named = [found.default, found.best, found.best_within_default_macs, *found.ranking]
+    entries = list({entry.layout: entry for entry in named if entry}.values())[: config.confirm]
+    right, spent = dict[str, Tensor](), 0
+    for number, entry in enumerate(entries, 1):
+        if accelerator.is_main_process:
+            _log.info("confirming %d/%d: %s alone, %d epochs", number, len(entries), entry.layout, epochs)
+        trial = Trial(Layout.parse(entry.layout), config.seed, epochs)
+        folder, precision = trial_folder(home, trial), accelerator.mixed_precision
+        result = run_trial(folder, trial_config(config, trial, precision, torch.get_num_threads()))
+        if accelerator.is_main_process:
+            assert result
+            spent += result.spent_macs
+            right[entry.layout] = load_tensors(folder / "right.safetensors")["right"].bool()
+    if not accelerator.is_main_process:
+        return None
+    macs = {entry.layout: entry.macs for entry in entries}
+    return Confirmation.of(compare(right, macs), entries[0].layout, epochs=epochs, seed=config.seed, spent_macs=spent)
+
+
+def compare(right: Mapping[str, Tensor], macs: Mapping[str, int]) -> list[Choice]:
+    """Layouts against the first of them, by McNemar's exact test on the same images.
+
+    Under the hypothesis that two networks are equally good, those images that only one of them gets right are either's
+    with probability 1/2. p is two-sided, and Holm's for all comparisons: the chance of any false winner.
+
+    Args:
+        right: for every layout, which images it classifies correctly, bool (N,).
+        macs: multiply-accumulates of every layout.
+    """
+    default, *others = right
+    usual, wins, p_values = right[default], {}, dict[str, float]()
+    for layout in others:
+        better, worse = int((right[layout] & ~usual).sum()), int((usual & ~right[layout]).sum())
+        wins[layout] = better, worse
+        p_values[layout] = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    highest = 0.0
+    for place, layout in enumerate(sorted(others, key=lambda layout: p_values[layout])):
+        highest = max(highest, min(1.0, (len(others) - place) * p_values[layout]))
+        p_values[layout] = highest
+    return [
+        Choice(
+            layout=layout,
+            right=int(mask.sum()),
+            images=len(mask),
+            macs=macs[layout],
+            better=wins.get(layout, (0, 0))[0],
+            worse=wins.get(layout, (0, 0))[1],
+            p_value=p_values.get(layout),
+        )
+        for layout, mask in right.items()
+    ]

@@ -1,0 +1,125 @@
+"""The loop of a search by standalone trainings: a plan says which, until it has no more."""
+
+import csv
+import io
+import logging
+import sys
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from .. import report, runtime
+from ..config import SearchConfig, fit_to_images
+from ..data import DataSource, stratified_split
+from ..errors import InputError
+from ..files import write_text
+from ..layout import Layout
+from ..ranking import build_result, why_undecided
+from ..results import SearchDataset, SearchResult, TrialResult
+from ..run_folder import RunFolder, save_tensors
+from ..search_space import SearchSpace
+from . import PLANS
+from .protocol import Trial
+from .runner import Runner
+
+_log = logging.getLogger(__name__)
+
+
+class PlanSearch:
+    """A search that trains layouts alone on one half of the training images and measures them on the other."""
+
+    def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        if accelerator.num_processes > 1:
+            raise InputError(f"strategy {config.strategy} starts its own workers: launch one process, and give --jobs")
+        for name in ("budget", "init_from"):
+            if getattr(config, name) is not None:
+                raise InputError(f"{name.replace('_', '-')} says nothing to strategy {config.strategy}: leave it out")
+        self.space = SearchSpace(config.model, config.default_layout)
+        self.source = DataSource(config, torch.get_num_threads())
+        limits = {"max_macs": config.max_macs, "max_activations": config.max_activations}
+        self.space = self.space.within(self.source.image_size, config.in_chans, **limits)
+        self.data = self.source.train()
+        _log.info(self.source.summary())
+        self.config = config = fit_to_images(config, len(self.data.images))
+        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
+        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
+        if config.batch_size > len(self.halves[0]):
+            raise InputError(f"batch-size {config.batch_size} is more than the {len(self.halves[0])} images: use less")
+        self.plan = PLANS[config.strategy](self.space, config)
+        self.done: dict[Trial, TrialResult] = {}
+
+    def run(self) -> None:
+        """Every trial of the plan, then the result."""
+        segment = {**runtime.describe(self.accelerator), "command": sys.argv}
+        self.folder.begin(self.config, segment, self.source.identity(self.data))
+        with Runner(self.config, self.folder.path, self.accelerator) as runner:
+            while trials := self.plan.next({trial: each.holdout_accuracy for trial, each in self.done.items()}):
+                ended: dict[Trial, TrialResult] = {}
+                runner.run(trials, lambda trial, result, ended=ended: self._told(ended, trial, result))  # type: ignore[misc]
+                self.done |= {trial: ended[trial] for trial in trials}  # in the plan's order, whoever was first
+        self._write_result()
+
+    def _told(self, ended: dict[Trial, TrialResult], trial: Trial, result: TrialResult) -> None:
+        ended[trial] = result
+        number, held = len(self.done) + len(ended), result.holdout_accuracy
+        seconds = result.duration_seconds
+        self.folder.log({**_describe(trial, result), "seconds": seconds})
+        self.folder.touch()
+        _log.info("training %d: %s, seed %d, %d epochs: held-out accuracy %.2f %%, %.0f s", number, trial.layout,
+                  trial.seed, trial.epochs, 100 * held, seconds)  # fmt: skip
+
+    def _write_result(self) -> None:
+        """Write search.json, and the table of a brute force."""
+        config, folder, score = self.config, self.folder, len(self.halves[1])
+        longest: dict[Layout, int] = {}
+        for trial in self.done:
+            longest[trial.layout] = max(trial.epochs, longest.get(trial.layout, 0))
+        # of several seeds the mean, after the longest training of a layout
+        accuracy = {
+            layout: mean(r.holdout_accuracy for t, r in self.done.items() if t.layout == layout and t.epochs == epochs)
+            for layout, epochs in longest.items()
+        }
+        space = self.space.subset(accuracy)
+        matrix = torch.tensor([[accuracy[layout]] for layout in space], dtype=torch.float64)
+        found = build_result(space, matrix, self.source.image_size, config.in_chans)
+        rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
+        save_tensors(folder.path / "split.safetensors", rows)
+        if config.strategy == "brute-force":
+            self._write_table()
+        folder.touch()
+        chance = np.bincount(self.data.images.labels.numpy()[self.halves[1]]).max() / score
+        described = self.source.describe(self.data)
+        trials: list[Any] = [_describe(trial, result) for trial, result in self.done.items()]
+        SearchResult(
+            **dict(found),
+            undecided=why_undecided(found, chance, score),
+            **folder.summary(),
+            recipe=config.recipe,
+            settings=config.settings(),
+            seed=config.seed,
+            epochs=config.epochs or 1,
+            spent_macs=sum(result.spent_macs for result in self.done.values()),
+            details={"trials": trials},
+            dataset=SearchDataset(**described, weight_images=len(self.halves[0]), score_images=score),
+        ).write(folder.path / "search.json")
+        report.draw_search(folder.path)
+        folder.finish()
+
+    def _write_table(self) -> None:
+        """ground_truth.csv: a row for each layout and seed, accuracies in percent, as published tables have them."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("layout", "standalone_top1", "seed", "epochs", "held_out_images", "macs"))
+        for trial, result in sorted(self.done.items()):
+            top1 = f"{100 * result.holdout_accuracy:.2f}"
+            writer.writerow((trial.layout, top1, trial.seed, trial.epochs, result.holdout_images, result.macs))
+        write_text(self.folder.path / "ground_truth.csv", file.getvalue())
+
+
+def _describe(trial: Trial, result: TrialResult) -> dict[str, Any]:
+    about = {"layout": str(trial.layout), "seed": trial.seed, "epochs": trial.epochs}
+    return {**about, "accuracy": result.holdout_accuracy, "spent_macs": result.spent_macs}
