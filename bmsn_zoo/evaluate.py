@@ -1,9 +1,12 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
 import contextlib
+import csv
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import runtime
-from .card import percent
+from .card import interval, percent
 from .command import run_command
 from .config import TrainConfig, build_config, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
+from .files import write_text
 from .model_folder import load_model, model_folder
+from .report import draw_confusion
 from .results import TrainResult
 from .usage import parser_of
 
@@ -47,6 +52,7 @@ def evaluate(
     std: Sequence[float],
     accelerator: Accelerator,
     right: Tensor | None = None,
+    best: Tensor | None = None,
 ) -> dict[str, float]:
     """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
 
@@ -57,6 +63,7 @@ def evaluate(
         std: of every channel.
         accelerator: whose device and processes to use.
         right: zeros (N,) on its device, which become 1 where an image is classified correctly.
+        best: zeros (N, k) on its device, int64, which become the k most probable classes of an image, best first.
     """
     model.eval()
     order = even_batches(len(images), _EVAL_BATCH, random_stream(0, ORDER))
@@ -69,13 +76,16 @@ def evaluate(
         sums += torch.stack([correct.sum(), loss])
         if right is not None:
             right[torch.from_numpy(positions).to(right.device)] = correct.to(right.dtype)
-    if right is not None:
-        right.copy_(accelerator.reduce(right, "sum"))
+        if best is not None:
+            best[torch.from_numpy(positions).to(best.device)] = logits.topk(best.shape[1]).indices
+    for filled in (right, best):
+        if filled is not None:
+            filled.copy_(accelerator.reduce(filled, "sum"))
     correct, loss = accelerator.reduce(sums, "sum").tolist()
     return {"accuracy": correct / len(images), "loss": loss / len(images)}
 
 
-def measure(name: str, dataset: str | None = None) -> dict[str, float]:
+def measure(name: str, dataset: str | None = None) -> dict[str, Any]:
     """Measure a published accuracy again, in float32, on the test images that its metrics.json names.
 
     Args:
@@ -83,7 +93,8 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
         dataset: where its data set is, if not where it was trained from: a Hub id, or a local folder.
 
     Returns:
-        `accuracy` as measured and `recorded` in metrics.json, fractions, and `images`, their number.
+        `accuracy` as measured and `recorded` in metrics.json and `top5`, fractions; `images`, their number; `classes`,
+        the names of K classes; `confusion`, how many images of each class (rows) were taken for each (K, K).
 
     Raises:
         InputError: if there is no such model, or its data set cannot be read.
@@ -105,8 +116,41 @@ def measure(name: str, dataset: str | None = None) -> dict[str, float]:
     for index, (ours, theirs) in enumerate(zip(known, found, strict=True)):
         if ours != theirs:
             raise InputError(f"{name} knows class {index} as {ours!r}, {config.dataset} as {theirs!r}: rename it there")
-    measured = evaluate(model.to(accelerator.device), test.images, cfg["mean"], cfg["std"], accelerator)
-    return {"accuracy": measured["accuracy"], "recorded": result.test_accuracy, "images": len(test.images)}
+    best = torch.zeros(len(test.images), min(5, len(known)), dtype=torch.int64, device=accelerator.device)
+    network = model.to(accelerator.device)
+    measured = evaluate(network, test.images, cfg["mean"], cfg["std"], accelerator, best=best)
+    labels, best = test.images.labels.cpu(), best.cpu()
+    pairs = torch.bincount(labels * len(known) + best[:, 0], minlength=len(known) ** 2)
+    return {
+        "accuracy": measured["accuracy"],
+        "recorded": result.test_accuracy,
+        "top5": float((best == labels[:, None]).any(1).float().mean()),
+        "images": len(test.images),
+        "classes": known,
+        "confusion": pairs.view(len(known), len(known)),
+    }
+
+
+def write_classes(found: dict[str, Any], folder: Path) -> None:
+    """Write the accuracy of every class, with what it is most often taken for, as classes.csv and confusion.png.
+
+    Args:
+        found: as `measure` returns it.
+        folder: made if needed.
+    """
+    classes, confusion = found["classes"], found["confusion"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["class", "images", "accuracy", "low", "high", "most_often_taken_for", "how_often"])
+    for index, (name, row) in enumerate(zip(classes, confusion.tolist(), strict=True)):
+        number, right = sum(row), row[index]
+        row[index] = -1
+        other = max(range(len(row)), key=row.__getitem__)
+        known = [right / number, *interval(right / number, number)] if number else [""] * 3
+        writer.writerow([name, number, *known, *([classes[other], row[other]] if row[other] > 0 else ["", 0])])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "classes.csv", file.getvalue())
+    draw_confusion(confusion, classes, folder / "confusion.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{given.model}: {percent(found['accuracy'])} of {found['images']} test images are classified correctly, "
             f"{percent(found['recorded'])} by its record\n"
         )
+        low, high = interval(found["accuracy"], found["images"])
+        sys.stdout.write(f"95 % interval {percent(low)} to {percent(high)}; ")
+        sys.stdout.write(f"{percent(found['top5'])} are among the first {min(5, len(found['classes']))} labels\n")
+        if given.output:
+            write_classes(found, given.output)
+            sys.stdout.write(f"every class: {given.output / 'classes.csv'}, {given.output / 'confusion.png'}\n")
 
     return run_command(run)
 

@@ -169,6 +169,23 @@ def draw_training(folder: Path) -> None:
     _save(figure, folder / "pictures" / "curves.png")
 
 
+def draw_confusion(confusion: Any, classes: Sequence[str], path: Path) -> None:
+    """Draw which classes are taken for which, as shares of each class's images; `confusion` counts them, (K, K)."""
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    figure = _figure(*[max(4.5, min(14, 0.3 * len(classes) + 2))] * 2)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    if len(classes) <= 60:
+        names = [name.replace("$", r"\$")[:24] for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    axes.set_title("Share of each class's test images")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    _save(figure, path)
+
+
 def search_table(result: SearchResult, top: int = 5) -> str:
     """The best layouts, the default one and the Pareto front as a text table; every layout once in each part."""
 

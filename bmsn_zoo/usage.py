@@ -59,6 +59,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     if command == "evaluate":
         parser.add_argument("model", help="a model of the zoo, a model folder, or the run folder of a training")
         parser.add_argument("--dataset", help="where its data set is, if not where it was trained from")
+        parser.add_argument(
+            "--output", type=Path, metavar="FOLDER", help="also write every class's accuracy, and a confusion picture"
+        )
     elif command == "predict":
         parser.add_argument("model", help="of the zoo, a model folder, the run folder of a training, or USER/REPO")
         parser.add_argument("image", nargs="+", type=Path, help="an image, or a folder of images")

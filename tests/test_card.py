@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import Layout
-from bmsn_zoo.card import SOME_NAME, portable, ranked_rows, search_card, standard_error, write_card
+from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, standard_error, write_card
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
@@ -82,8 +82,9 @@ def test_origin_and_training_are_told(runs):
     error = 100 * standard_error(best, 32)
     assert f"{100 * best:.2f} % (standard error {error:.2f} points) in the search on 32 training images" in text
     assert f"accelerate launch train.py --from-search bmsn-zoo/{FOUND}\n" in text
-    error = 100 * standard_error(metrics["test_accuracy"], 32)
-    assert f"leaves a standard error of {error:.2f} points" in text
+    low, high = (f"{100 * end:.2f} %" for end in interval(metrics["test_accuracy"], 32))
+    assert f"leaves a 95 % interval of {low} to {high} (Wilson)" in text
+    assert "`pip install timm path/to/bmsn_zoo`" in text and "`pip install onnxruntime pillow`" in text
     assert "1 epoch, seed 0, 64 training images." in text
     assert metrics["hardware"] in text
     assert f"torch {metrics['versions']['torch']}" in text

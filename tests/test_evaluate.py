@@ -1,6 +1,8 @@
 """Accuracies measured again from published files."""
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -35,7 +37,23 @@ def test_the_command(runs, image_folder, capsys):
     expected = f"{accuracy} of {recorded['test_images']} test images are classified correctly, {accuracy} by its record"
     for folder in (runs.found / "model", runs.found):
         assert run(evaluate, folder, "--dataset", image_folder) == 0
-        assert capsys.readouterr().out == f"{folder}: {expected}\n"
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == f"{folder}: {expected}"
+        assert re.fullmatch(r"95 % interval .* % to .* %; 100.00 % are among the first 4 labels", second)
+
+
+def test_every_class_is_told(runs, image_folder, tmp_path, capsys):
+    assert run(evaluate, runs.found, "--dataset", image_folder, "--output", tmp_path / "new" / "classes") == 0
+    rows = list(csv.DictReader((tmp_path / "new" / "classes" / "classes.csv").read_text().splitlines()))
+    recorded = json.loads((runs.found / "model" / "metrics.json").read_text())
+    assert [row["class"] for row in rows] == ["north", "east", "south", "west"]
+    right = sum(float(row["accuracy"]) * int(row["images"]) for row in rows)
+    assert right / sum(int(row["images"]) for row in rows) == pytest.approx(recorded["test_accuracy"])
+    for row in rows:
+        assert 0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1
+        assert (row["most_often_taken_for"] == "") == (row["how_often"] == "0")
+        assert row["most_often_taken_for"] != row["class"]
+    assert (tmp_path / "new" / "classes" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_weights_are_measured_as_they_are(runs, image_folder, tmp_path):

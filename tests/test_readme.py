@@ -37,7 +37,8 @@ def test_every_flag_exists():
     known = set()
     for config_class in (SearchConfig, TrainConfig):
         known |= set(build_parser(config_class, "")._option_string_actions)
-    known |= set(parser_of("compare")._option_string_actions)
+    for command in ("compare", "evaluate", "report", "predict"):
+        known |= set(parser_of(command)._option_string_actions)
     launchers = {"--num_processes", "--standalone", "--nproc-per-node", "--model"}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert mentioned - known - launchers == set()
