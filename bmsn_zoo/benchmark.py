@@ -5,7 +5,8 @@ with the binomial noise of the images that measure it: batches of 128 in steps, 
 a play shows what a strategy makes of noisy scores and what that costs, not how training changes what layouts share.
 Published are balanced mixtures alone: groups that are fixed (fixed, few-shot) are played with the accuracies of a
 mixture of their size, searches side by side with those of one supernet. Every supernet is charged the 100 epochs that
-the published ones were trained for; ten steps in a row share a draw, and so their score is of ten batches. What learns
+the published ones were trained for; ten steps in a row share a draw, and so their score is of ten batches. A training
+alone has the published accuracy and deviation, sqrt(f) times that if it is f times shorter than 200 epochs. What learns
 by gradients of its own (darts, gaea), or has weights that were not published (unshared), cannot be played.
 """
 
@@ -20,6 +21,7 @@ from .layout import Layout
 from .reference import Table
 from .search_space import SearchSpace
 from .strategies import create_strategy
+from .trials import PLANS, Trial
 
 _IMAGES, _SIDE = 50_000, 32  # of CIFAR-10, for training; half of them train weights, the others score
 _BATCH, _EPOCHS, _STANDALONE_EPOCHS = 128, 100, 200  # as published
@@ -64,6 +66,23 @@ def activations(space: SearchSpace) -> Played:
 def training_macs(macs: float) -> float:
     """Multiply-accumulates of training a layout of so many alone, for as long as the published ones were."""
     return 3 * _STANDALONE_EPOCHS * _IMAGES * macs
+
+
+def play_plan(method: str, table: Table, space: SearchSpace, config: SearchConfig) -> Iterator[Played]:
+    """The loop of a plan of standalone trainings on a table; for the arguments see `play`.
+
+    Yields:
+        what it ranks: of layouts that were trained for fewer epochs than others, the latter first.
+    """
+    plan, rng = PLANS[config.strategy](space, config), np.random.default_rng((config.seed, 11))
+    done: dict[Trial, float] = {}
+    while trials := plan.next(done):
+        for trial in trials:
+            deviation = table.deviation[trial.layout] * (_STANDALONE_EPOCHS / trial.epochs) ** 0.5
+            done[trial] = float(rng.normal(table.accuracy[trial.layout], deviation))
+    scores = dict(sorted((trial.layout, trial.epochs + accuracy) for trial, accuracy in done.items()))
+    spent = sum(training_macs(space.macs(t.layout, _SIDE)) * t.epochs / _STANDALONE_EPOCHS for t in done)
+    yield Played(method, 0, scores, spent, trained=True)
 
 
 def play(method: str, table: Table, space: SearchSpace, config: SearchConfig) -> Iterator[Played]:

@@ -112,6 +112,26 @@ def test_plays_depend_on_their_seed_alone_and_are_charged_for_every_supernet(str
     assert first[0].spent_macs == pytest.approx(2 * one, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_are_played(seed):
+    def play(strategy, **settings):
+        config = SearchConfig(strategy=strategy, epochs=200, seed=seed, **settings)
+        ((_, _, scores, spent, choice, trained),) = benchmark.play_plan(strategy, TABLE, SPACE, config)
+        assert choice is None and trained
+        return scores, spent
+
+    scores, spent = play("brute-force")
+    assert set(scores) == set(SPACE)
+    assert spent == pytest.approx(52.9e15, rel=2e-3), "as the design computed it"
+    assert quality(scores, TABLE.accuracy, MACS).regret < 0.004
+    scores, spent = play("random", trials=5)
+    assert len(scores) == 5 and spent == pytest.approx(sum(benchmark.training_macs(MACS[layout]) for layout in scores))
+    scores, spent = play("halving")
+    assert set(scores) == set(SPACE)
+    assert spent < 0.2 * 52.9e15, "1000 epochs of 7200, whatever they cost"
+    assert len(play("evolution", trials=12)[0]) == 12
+
+
 def test_the_benchmark_prints_and_writes_every_play(short, tmp_path, capsys):
     table = ["--benchmark", "cifar10-resnet20", "--seeds", "2", "--output", str(tmp_path / "table.md")]
     assert compare.main(table) == 0
