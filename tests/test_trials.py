@@ -1,6 +1,10 @@
 """Trials: trainings that are measured on held-out training images, and the plans that are made of them."""
 
 import csv
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from itertools import pairwise
 from math import comb
@@ -8,6 +12,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from bmsn_zoo import hub, reference, report
 from bmsn_zoo import search as search_module
@@ -16,10 +21,11 @@ from bmsn_zoo.card import portable, search_card
 from bmsn_zoo.compare import expected_best
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.errors import InputError
+from bmsn_zoo.layout import Layout
 from bmsn_zoo.results import Confirmation, SearchResult, TrialResult
 from bmsn_zoo.run_folder import load_tensors
 from bmsn_zoo.search_space import SearchSpace
-from bmsn_zoo.trials import PLANS, confirm, runner
+from bmsn_zoo.trials import PLANS, Trial, confirm, runner
 
 COMMON = ("--batch-size", "16", "--epochs", "1", "--mixed-precision", "no")
 
@@ -178,6 +184,62 @@ def test_a_plan_ends_in_a_search_that_training_takes(brute, capsys):
     assert "standalone trainings (brute-force)" in card and "init-from" not in card
     assert run(report, brute) == 0
     assert "9 layouts, ranked by" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(240)
+def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker(brute, closed, tmp_path):
+    """A real scheduler and two workers, of which one is killed in the middle."""
+    distributed = pytest.importorskip("distributed")
+    plain = TrialResult.read(brute / "trials" / "5-5_seed0_epochs1" / "trial.json")
+    settings = {**SearchResult.read(brute / "search.json").settings, "dataset": str(closed), "threads": 1}
+    home, trials = tmp_path / "run", [Trial(Layout((n, 10 - n)), 0, 1) for n in range(3, 9)]
+    home.mkdir()
+    (home / "run.json").write_text("{}")
+    results = {}
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address.replace("tcp://", "dask://")
+        config = SearchConfig(**{**settings, "cluster": address})
+        killed = []
+
+        def kill():
+            while not list(home.glob("trials/*/run.json")):
+                time.sleep(0.02)
+            killed.append(next(iter(cluster.workers.values())).pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        with runner.Runner(config, home, Accelerator()) as running:
+            running.run(trials, lambda trial, result: results.update({trial: result}))
+    assert killed and set(results) == set(trials)
+    assert results[trials[2]].holdout_accuracy == plain.holdout_accuracy
+    assert results[trials[2]].holdout_loss == plain.holdout_loss
+    for trial in trials:
+        before = brute / "trials" / f"{trial.layout}_seed0_epochs1"
+        right = [
+            load_tensors(folder / "right.safetensors")["right"] for folder in (before, runner.trial_folder(home, trial))
+        ]
+        assert torch.equal(*right)
+    assert sum(len(result.segments) for result in results.values()) <= 7, "one more run, of the trial that was lost"
+
+
+@pytest.mark.timeout(240)
+def test_workers_of_this_machine_find_the_same_and_one_that_is_killed_costs_a_run(brute, closed, tmp_path):
+    settings = {**SearchResult.read(brute / "search.json").settings, "dataset": str(closed), "threads": 1}
+    home, trials, results = tmp_path / "run", [Trial(Layout((n, 10 - n)), 0, 1) for n in range(4, 7)], {}
+    home.mkdir()
+    (home / "run.json").write_text("{}")
+    with runner.Runner(SearchConfig(**settings, jobs=2), home, Accelerator()) as running:
+
+        def kill():
+            while not list(home.glob("trials/*/run.json")):
+                time.sleep(0.02)
+            os.kill(next(iter(running._executor._processes)), signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        running.run(trials, lambda trial, result: results.update({trial: result}))
+    for trial in trials:
+        before = TrialResult.read(brute / "trials" / f"{trial.layout}_seed0_epochs1" / "trial.json")
+        assert results[trial].holdout_loss == before.holdout_loss
 
 
 @pytest.mark.parametrize(

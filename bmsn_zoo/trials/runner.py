@@ -126,7 +126,7 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        self._executor.shutdown()
         if self._client is not None:
             self._client.close()
 
