@@ -115,7 +115,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     lines: dict[str, Any] = {"training loss": {"loss": loss}, "score accuracy, %": {"drawn layouts": accuracy}}
     lines["steps of each supernet"] = steps
     train, quoted = start_of("train"), shlex.quote(str(folder))
-    picks = ["best"] if not result.undecided else []
+    picks = ["best"] if result.confirmed or not result.undecided else []
     picks += ["best_within_default_macs", "default"] if default else []
     return {
         "kind": "search", "folder": folder, "result": result, "ranking": ranking, "kept": kept, "x": x, "y": y,
@@ -123,7 +123,8 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
         "charts": [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows],
         "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
         "front": {entry.layout for entry in result.pareto_front},
-        "ties": {e.layout for e in kept if e != best and best.accuracy - e.accuracy <= spread[e.layout]},
+        "ties": {e.layout for e in kept if e != best and best.accuracy - e.accuracy <= spread[e.layout]}
+        if result.probability is None else set(),
         "gain": None if default is None else (best.accuracy - default.accuracy, spread[default.layout]),
         "stairs": {e.layout: stairs(e.layout, result.model, result.dataset.image_size)
                    for e in (*result.pareto_front[:60], *([default] if default else []))},

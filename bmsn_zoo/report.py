@@ -99,13 +99,20 @@ def draw_search(folder: Path) -> None:
     loss, accuracy, draws = figure.subplots(1, 3)
     _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
     scores = [100 * row.score_accuracy for row in rows]
-    _draw_curves(accuracy, rows, "score accuracy of the drawn layouts, %", accuracy=scores)
+    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=scores)
     if len({len(row.draws) for row in rows}) > 1:
         raise InputError(f"{folder / 'metrics.jsonl'} counts the steps of other supernets in some lines")
     steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
     _draw_curves(draws, rows, "steps of each supernet", **steps)
     draws.set_ylim(bottom=0)
+    figure.suptitle(_subject(result), fontsize=10)
     _save(figure, folder / "pictures" / "curves.png")
+
+
+def _subject(result: Run) -> str:
+    """Data set and seed, for a title that fits its picture."""
+    name = result.dataset.id.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    return f"{name[:30]}, seed {result.seed}".replace("$", r"\$")
 
 
 def _draw_assignment(result: SearchResult, matrix: Sequence[Sequence[float]], path: Path) -> None:
@@ -120,7 +127,7 @@ def _draw_assignment(result: SearchResult, matrix: Sequence[Sequence[float]], pa
     axes.set_yticks(range(result.mixture_size))
     axes.set_xlabel("layout, cheapest first")
     axes.set_ylabel("supernet")
-    axes.set_title("Assignment: p(supernet given layout)")
+    axes.set_title(f"{_subject(result)}: p(supernet given layout)", fontsize=10)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
 
@@ -137,19 +144,27 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     axes.plot(*points(front), color=_HIGHLIGHT, marker="o", markersize=4, label="Pareto front", zorder=3)
     if default:
         axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
-    for entry in front:
-        at = (entry.macs / 1e6, 100 * entry.accuracy)
-        axes.annotate(entry.layout, at, xytext=(4, 5), textcoords="offset points", fontsize=7)
+        axes.axvline(default.macs / 1e6, color="black", linewidth=0.8, linestyle="--", label="its cost", zorder=1)
+    if within := result.best_within_default_macs:
+        ring = dict(facecolors="none", edgecolors="#1d4ed8", linewidths=1.5)
+        axes.scatter(*points([within]), s=130, label="best within it", zorder=5, **ring)
     axes.set_xscale("log")
+    axes.set_xlim(left=axes.get_xlim()[0] * 0.85)  # room for the labels, which stand where no point is
+    spots: list[Any] = []
+    for entry in reversed(front):
+        at = (entry.macs / 1e6, 100 * entry.accuracy)
+        spot = axes.transAxes.inverted().transform(axes.transData.transform(at))
+        if all(abs(spot[0] - x) > 0.11 or abs(spot[1] - y) > 0.035 for x, y in spots):
+            spots.append(spot)
+            axes.annotate(entry.layout, at, xytext=(-5, 4), textcoords="offset points", fontsize=7, ha="right")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("multiply-accumulates for one image, millions")
     axes.set_ylabel("score-split accuracy in the search, %")
     alone = "trained alone" if "trials" in result.details else f"best of {result.mixture_size} supernets"
-    axes.set_title(
-        f"{len(result.layouts)} layouts, {alone}\n{result.confirmed.verdict if result.confirmed else ''}".strip()
-    )
+    verdict = f"\n{result.confirmed.verdict}" if result.confirmed else ""
+    axes.set_title(f"{_subject(result)}: {len(result.layouts)} layouts, {alone}{verdict}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)

@@ -12,7 +12,7 @@ import pytest
 from small_runs import run
 
 from bmsn_zoo import report
-from bmsn_zoo.results import SearchResult, TrainResult
+from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.timeout(200)
@@ -124,6 +124,21 @@ def test_the_page_tells_what_was_found(runs, tmp_path):
     assert "ranked first" not in page.text and "--pick best\n" not in page.text
 
 
+def test_the_page_of_a_confirmed_search_says_what_was_shown(runs, tmp_path):
+    folder, result = shutil.copytree(runs.search, tmp_path / "run"), SearchResult.read(runs.search / "search.json")
+    macs = {entry.layout: entry.macs for entry in result.ranking}
+    usual = Choice(layout="4-3-3", right=500, images=1000, macs=macs["4-3-3"], better=0, worse=0, p_value=None)
+    for p_value, verdict in ((0.004, "5-3-2 beats the default 4-3-3 by 5.0 points"), (0.3, "keep 4-3-3")):
+        about = dict(right=550, images=1000, macs=macs["5-3-2"], better=80, worse=30, p_value=p_value)
+        choices = [usual, Choice(layout="5-3-2", **about)]
+        confirmed = Confirmation.of(choices, "4-3-3", epochs=3, seed=0, spent_macs=1)
+        changed = {"confirmed": confirmed, "undecided": confirmed.abstains}
+        result.model_copy(update=changed).write(folder / "search.json")
+        assert run(report, folder) == 0
+        page = Page((folder / "report.html").read_text())
+        assert verdict in page.text and f"p = {p_value:.2g}" in page.text and "80 images better, 30 worse" in page.text
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 @pytest.mark.parametrize("width", [360, 1400])
 def test_a_browser_shows_it_whole(width, hostile, tmp_path):
@@ -132,12 +147,12 @@ def test_a_browser_shows_it_whole(width, hostile, tmp_path):
     const told = [document.title.includes("taken"), document.documentElement.scrollWidth > innerWidth, innerWidth];
     const cut = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, svg, pre, head")
       && e.getBoundingClientRect().right > innerWidth + 0.5);
-    const section = document.querySelector("section"), rows = () => [...section.querySelectorAll("tbody tr")];
+    const section = document.querySelector("section"), rows = () => [...section.querySelectorAll(".ranked tr")];
     section.querySelectorAll(".sort")[4].click();
     const costs = rows().slice(0, 36).map(row => Number(row.cells[4].textContent));
     const filter = section.querySelector(".filter");
     filter.value = "4-3-3"; filter.dispatchEvent(new Event("input"));
-    const left = section.querySelector("tbody").querySelectorAll("tr:not([hidden])").length;
+    const left = section.querySelector(".ranked").querySelectorAll("tr:not([hidden])").length;
     told.push(cut.map(e => e.outerHTML.slice(0, 80)), costs.every((v, i) => !i || costs[i - 1] <= v), left);
     parent.document.body.dataset.told = JSON.stringify(told);
     </script>"""
