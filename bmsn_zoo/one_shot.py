@@ -248,6 +248,8 @@ class OneShotSearch:
         if config.confirm and found.default:
             each = config.confirm_epochs or -(-epochs // config.confirm)
             confirmed = confirm(found, config, each, self.folder.path, self.accelerator)
+        elif config.confirm and self.accelerator.is_main_process:
+            _log.warning("nothing is confirmed: the default layout %s was not searched", self.space.default_layout)
         if self.accelerator.is_main_process:
             self._write_result(found, confirmed, epochs)
         self.accelerator.wait_for_everyone()

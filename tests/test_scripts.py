@@ -23,6 +23,7 @@ from bmsn_zoo.assignment import usage
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource, normalise, to_pixels
 from bmsn_zoo.results import SearchResult
+from bmsn_zoo.runtime import native_precision
 from bmsn_zoo.supernet import Mixture, count_correct
 
 ROOT = Path(__file__).parents[1]
@@ -106,13 +107,14 @@ def test_evaluating_in_between_changes_nothing(searched, image_folder, tmp_path)
     assert "accuracy" not in rows[1], "search.json has that of the last epoch"
 
 
+@pytest.mark.skipif(native_precision(torch.device("cpu")) == "no", reason="bf16 is emulated here, and slow")
 def test_bf16_ranks_a_trained_supernet_as_float32_does(tmp_path):
     search("digits", tmp_path / "run", "--batch-size", 64, "--epochs", 4, "--mixture-size", 1)
     torch.set_num_threads(2)  # the search had one
     mixture = Mixture(bmsn_zoo.SearchSpace("bmsn_resnet20"), 1, 10, 3, seed=0)
     mixture.load_state_dict(load_file(tmp_path / "run" / "supernets.safetensors"))
     supernet = mixture.supernets[0].to(memory_format=torch.channels_last)
-    some = mixture.space.subset(list(mixture.space)[::3])  # bf16 is slow where it is emulated
+    some = mixture.space.subset(list(mixture.space)[::3])
     data = DataSource(SearchConfig(), 1).train()
     score = data.images.select(load_file(tmp_path / "run" / "split.safetensors")["score_rows"].numpy())
     ((pixels, labels),) = score.batches([np.arange(len(score) // 2)])
@@ -261,7 +263,7 @@ MISTAKES = {
     "layout sum": (["--default-layout", "5-3-3"], "5-3-3 sums to 11"),
     "layout zero": (["--default-layout", "5-0-5"], "every resolution needs at least 1 unit"),
     "layout scales": (["--default-layout", "1-1-1-1-1-5", "--image-size", "16"], "too many for 16-pixel images"),
-    "model": (["--model", "resnet18"], "'resnet18'"),
+    "model": (["--model", "resnet19"], "'resnet19'"),
     "data set": (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
     "hub data set": (["--dataset", "nobody/nothing"], "'nobody/nothing' cannot be loaded"),
     "image column": (["--image-column", "picture"], "no column 'picture'"),
