@@ -16,7 +16,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 def test_search_speed_measures_what_is_asked_and_keeps_the_rest(tmp_path):
     output = tmp_path / "results.json"
     output.write_text(json.dumps({"loading": "measured before"}))
-    settings = ["--images", "256", "--steps", "1", "--repeats", "2", "--mixed-precision", "no"]
+    settings = ["--images", "256", "--steps", "1", "--repeats", "1", "--mixed-precision", "no"]
     subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "search_speed.py", *settings, "--output", output]
         + ["--only", "search_step", "share_of_bare_convolutions", "time_of_a_step"],

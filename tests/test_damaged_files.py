@@ -180,8 +180,8 @@ def resumed(folder):
 FILES = [
     ("config.yaml", 70),
     ("run.json", 70),
-    *((f"checkpoint-2/{name}", 40) for name in ("complete.json", "supernet-0.safetensors", "strategy.safetensors")),
-    ("checkpoint-2/metrics.jsonl", 40),
+    *((f"checkpoint-2/{name}", 25) for name in ("complete.json", "supernet-0.safetensors", "strategy.safetensors")),
+    ("checkpoint-2/metrics.jsonl", 25),
 ]
 
 

@@ -289,7 +289,9 @@ def test_import_is_light_and_offline():
 @pytest.mark.parametrize("script", ["search.py", "train.py"])
 def test_killed_and_resumed_equals_uninterrupted(script, image_folder, tmp_path):
     settings = ["--dataset", image_folder, "--epochs", 6, "--batch-size", 16, "--mixed-precision", "no"]
-    settings += ["--threads", 1] + (["--mixture-size", 2] if script == "search.py" else ["--layout", "5-3-2"])
+    settings += ["--threads", 1] + (
+        ["--mixture-size", 2, "--confirm", 0] if script == "search.py" else ["--layout", "5-3-2"]
+    )
     settings += ["--ema-decay", 0.9, "--mixup", 0.2, "--alternate-flip"] if script == "train.py" else []
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(script, *settings, "--output", whole).returncode == 0

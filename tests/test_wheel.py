@@ -108,9 +108,7 @@ def test_the_commands_work(command, tmp_path):
         *("-m", "accelerate.commands.launch", "-m", "bmsn_zoo.search", "--recipe", "digits-resnet20", *few),
         *("--output", "search"),
     )
-    assert (
-        ":    accelerate launch -m bmsn_zoo.train --from-search search\n" in printed
-    )  # of the default: 100 images show nothing
+    assert "accelerate launch -m bmsn_zoo.train --from-search search\n" in printed
     command("-m", "bmsn_zoo.train", "--from-search", "search", *few, "--output", "train")
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
     assert metrics["test_images"] > 300
