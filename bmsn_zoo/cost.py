@@ -50,9 +50,8 @@ def tree_macs(space: "SearchSpace", image_size: int, in_chans: int = 3) -> int:
     """
     tree: dict[tuple[int, ...], int] = {}
     for layout in space:
-        shape, flags = torch.Size((2, in_chans, image_size, image_size)), layout.flags
-        for unit, flag in enumerate(space.backbone.check(layout, image_size).flags):
-            tree[flags[: unit + 1]], _, shape = _row(space.backbone, in_chans, unit, shape, bool(flag))
+        for unit, (count, _) in enumerate(_rows(space.backbone, layout, image_size, in_chans)):
+            tree[layout.flags[: unit + 1]] = count
     return sum(tree.values())
 
 
