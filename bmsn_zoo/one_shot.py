@@ -1,7 +1,6 @@
 """What every one-shot search does around its steps: images, supernets, checkpoints, the evaluation and the result."""
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,26 +8,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from . import cost, hub, report, runtime
+from . import cost, hub, runtime
 from .command import out_of_memory
-from .config import FEW_STEPS, SearchConfig, fit_to_images, sharing_of
+from .config import FEW_STEPS, SearchConfig, sharing_of
 from .data import (
     AUGMENT,
     ORDER,
     SCORE_ORDER,
     Augmentation,
-    DataSource,
     ImageSet,
     check_batch_size,
     even_batches,
     normalise,
     random_stream,
     shuffled_batches,
-    stratified_split,
     to_device,
 )
 from .errors import InputError
@@ -36,10 +33,10 @@ from .evaluate import full_float32
 from .layout import Layout
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
-from .ranking import build_result, why_undecided
-from .results import Confirmation, Ranking, SearchDataset, SearchResult
+from .ranking import build_result
+from .results import Confirmation, Ranking
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
-from .search_space import SearchSpace
+from .search_base import SearchBase
 from .spending import Spending
 from .step import Trainer
 from .supernet import Mixture, count_correct, norms_of
@@ -84,7 +81,7 @@ class Role(NamedTuple):
         return steps - steps % turns
 
 
-class OneShotSearch:
+class OneShotSearch(SearchBase):
     """A one-shot search as one of its processes does it; its kinds, in search.py and relaxed.py, add the steps.
 
     Attributes:
@@ -98,27 +95,11 @@ class OneShotSearch:
     spending: Spending
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
-        self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
-        self.space = SearchSpace(config.model, config.default_layout)
-
-        self.source = DataSource(config, torch.get_num_threads())
-        self.space.backbone.check(self.space.default_layout, self.source.image_size)
-        whole = len(self.space)
-        limits = {"max_macs": config.max_macs, "max_activations": config.max_activations}
-        self.space = self.space.within(self.source.image_size, config.in_chans, **limits)
-        with PartialState().local_main_process_first():
-            self.data = self.source.train()
-        if accelerator.is_main_process:
-            _log.info(self.source.summary())
-            if len(self.space) < whole:
-                _log.info("%d of %d layouts cost no more than allowed", len(self.space), whole)
-        self.config = config = fit_to_images(config, len(self.data.images))
+        super().__init__(config, folder, accelerator)
+        self.device, config = accelerator.device, self.config
         self.role = Role.of(config, accelerator)
         if config.confirm:  # in which all processes train together
             check_batch_size(config.batch_size, accelerator.num_processes)
-        # one half of the training images trains weights, the other scores layouts; the test images stay closed
-        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
-        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
         self.weight_split, self.score_split = map(self.data.images.near(self.device).select, self.halves)
         self.epoch_steps = self.role.epoch_steps(min(map(len, self.halves)), config.batch_size)
 
@@ -203,8 +184,7 @@ class OneShotSearch:
     def begin(self) -> None:
         """Write what the run is, when nothing else can be refused, and continue from its checkpoint if it has one."""
         self.try_memory()
-        segment = {**runtime.describe(self.accelerator), "command": sys.argv}
-        self.folder.begin(self.config, segment, self.source.identity(self.data))
+        self.begin_run()
         self.accelerator.wait_for_everyone()
         self._restore()
         if self.accelerator.is_main_process:
@@ -348,35 +328,23 @@ class OneShotSearch:
 
     def _write_result(self, found: Ranking, confirmed: Confirmation | None, epochs: int) -> None:
         """Write search.json and what belongs to it."""
-        config, mixture, folder = self.config, self.mixture, self.folder
+        mixture, folder = self.mixture, self.folder
         for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
             load_training_state(folder.checkpoint(epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
         save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
-        rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
-        save_tensors(folder.path / "split.safetensors", rows)
-        folder.touch()
-        described, weight, score = self.source.describe(self.data), len(self.weight_split), len(self.score_split)
-        chance = np.bincount(self.score_split.labels.cpu()).max() / score
         said = self.strategy.result()
         if len(self.late) > 1:
             said["details"] = {**said.get("details", {}), "late_accuracies": [a.amax(1).tolist() for a in self.late]}
-        SearchResult(
-            **dict(found),
-            undecided=why_undecided(found, chance, score) if confirmed is None else confirmed.abstains,
+        self.write_result(
+            found,
+            undecided=self.why_undecided(found) if confirmed is None else confirmed.abstains,
             confirmed=confirmed,
             **said,
-            **folder.summary(),
-            recipe=config.recipe,
-            settings=config.settings(),
-            seed=config.seed,
             epochs=epochs,
             spent_macs=self.spending.spent + (confirmed.spent_macs if confirmed else 0),
             norms=norms_of(mixture.supernets[0]),
-            dataset=SearchDataset(**described, weight_images=weight, score_images=score),
             peak_memory_mib=_peak_memory_mib(self.device),
-        ).write(folder.path / "search.json")
-        report.draw_search(folder.path)
-        folder.finish()
+        )
 
     def _checkpoint(self, epoch: int) -> None:
         """Save every supernet by a process that owns it, then the strategy, then mark the checkpoint whole."""

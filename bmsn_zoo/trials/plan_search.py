@@ -3,24 +3,20 @@
 import csv
 import io
 import logging
-import sys
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .. import report, runtime
-from ..config import SearchConfig, fit_to_images
-from ..data import DataSource, stratified_split
+from ..config import SearchConfig
 from ..errors import InputError
 from ..files import write_text
 from ..layout import Layout
-from ..ranking import build_result, why_undecided
-from ..results import SearchDataset, SearchResult, TrialResult
-from ..run_folder import RunFolder, save_tensors
-from ..search_space import SearchSpace
+from ..ranking import build_result
+from ..results import TrialResult
+from ..run_folder import RunFolder
+from ..search_base import SearchBase
 from . import PLANS
 from .protocol import Trial
 from .runner import Runner
@@ -28,25 +24,17 @@ from .runner import Runner
 _log = logging.getLogger(__name__)
 
 
-class PlanSearch:
+class PlanSearch(SearchBase):
     """A search that trains layouts alone on one half of the training images and measures them on the other."""
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
         if accelerator.num_processes > 1:
             raise InputError(f"strategy {config.strategy} starts its own workers: launch one process, and give --jobs")
         for name in ("budget", "init_from"):
             if getattr(config, name) is not None:
                 raise InputError(f"{name.replace('_', '-')} says nothing to strategy {config.strategy}: leave it out")
-        self.space = SearchSpace(config.model, config.default_layout)
-        self.source = DataSource(config, torch.get_num_threads())
-        limits = {"max_macs": config.max_macs, "max_activations": config.max_activations}
-        self.space = self.space.within(self.source.image_size, config.in_chans, **limits)
-        self.data = self.source.train()
-        _log.info(self.source.summary())
-        self.config = config = fit_to_images(config, len(self.data.images))
-        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
-        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
+        super().__init__(config, folder, accelerator)
+        config = self.config
         if config.batch_size > len(self.halves[0]):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.halves[0])} images: use less")
         self.plan = PLANS[config.strategy](self.space, config)
@@ -54,8 +42,7 @@ class PlanSearch:
 
     def run(self) -> None:
         """Every trial of the plan, then the result."""
-        segment = {**runtime.describe(self.accelerator), "command": sys.argv}
-        self.folder.begin(self.config, segment, self.source.identity(self.data))
+        self.begin_run()
         with Runner(self.config, self.folder.path, self.accelerator) as runner:
             while trials := self.plan.next({trial: each.holdout_accuracy for trial, each in self.done.items()}):
                 ended: dict[Trial, TrialResult] = {}
@@ -74,7 +61,7 @@ class PlanSearch:
 
     def _write_result(self) -> None:
         """Write search.json, and the table of a brute force."""
-        config, folder, score = self.config, self.folder, len(self.halves[1])
+        config = self.config
         longest: dict[Layout, int] = {}
         for trial in self.done:
             longest[trial.layout] = max(trial.epochs, longest.get(trial.layout, 0))
@@ -86,28 +73,16 @@ class PlanSearch:
         space = self.space.subset(accuracy)
         matrix = torch.tensor([[accuracy[layout]] for layout in space], dtype=torch.float64)
         found = build_result(space, matrix, self.source.image_size, config.in_chans)
-        rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
-        save_tensors(folder.path / "split.safetensors", rows)
         if config.strategy == "brute-force":
             self._write_table()
-        folder.touch()
-        chance = np.bincount(self.data.images.labels.numpy()[self.halves[1]]).max() / score
-        described = self.source.describe(self.data)
         trials: list[Any] = [_describe(trial, result) for trial, result in self.done.items()]
-        SearchResult(
-            **dict(found),
-            undecided=why_undecided(found, chance, score),
-            **folder.summary(),
-            recipe=config.recipe,
-            settings=config.settings(),
-            seed=config.seed,
+        self.write_result(
+            found,
+            undecided=self.why_undecided(found),
             epochs=config.epochs or 1,
             spent_macs=sum(result.spent_macs for result in self.done.values()),
             details={"trials": trials},
-            dataset=SearchDataset(**described, weight_images=len(self.halves[0]), score_images=score),
-        ).write(folder.path / "search.json")
-        report.draw_search(folder.path)
-        folder.finish()
+        )
 
     def _write_table(self) -> None:
         """ground_truth.csv: a row for each layout and seed, accuracies in percent, as published tables have them."""
