@@ -2,7 +2,7 @@
 
 import sys
 
-from bmsn_zoo.search import main
+from bmsn_zoo.searching import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from bmsn_zoo.train import main
+from bmsn_zoo.training import main
 
 if __name__ == "__main__":
     sys.exit(main())

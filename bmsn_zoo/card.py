@@ -26,8 +26,8 @@ _LOCAL_SWITCHES = ("--resume", "--private", "--create-pr")
 _SCRIPTS = {
     "train.py": "accelerate launch train.py",
     "search.py": "accelerate launch search.py",
-    "bmsn_zoo/train.py": "accelerate launch -m bmsn_zoo.train",
-    "bmsn_zoo/search.py": "accelerate launch -m bmsn_zoo.search",
+    "bmsn_zoo/training.py": "accelerate launch -m bmsn_zoo.training",
+    "bmsn_zoo/searching.py": "accelerate launch -m bmsn_zoo.searching",
     "bmsn-train": "bmsn-train",
     "bmsn-search": "bmsn-search",
 }

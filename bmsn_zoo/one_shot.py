@@ -82,7 +82,7 @@ class Role(NamedTuple):
 
 
 class OneShotSearch(SearchBase):
-    """A one-shot search as one of its processes does it; its kinds, in search.py and relaxed.py, add the steps.
+    """A one-shot search as one of its processes does it; its kinds, in searching.py and relaxed.py, add the steps.
 
     Attributes:
         strategy: learns where to downsample; its `report`, `result`, `state_dict` and `load_state_dict` are used here.

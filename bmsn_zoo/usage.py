@@ -20,6 +20,7 @@ from .config import (
 from .launch import check_launch
 
 _RUNS: dict[str, type[SearchConfig] | type[TrainConfig]] = {"search": SearchConfig, "train": TrainConfig}
+_MODULES = {"search": "searching", "train": "training"}  # others are in a module of their name
 _ABOUT = {
     "search": "Search where a convolutional network should downsample.",
     "train": "Train one pooling layout from scratch.",
@@ -49,7 +50,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     """The command line of one of our modules."""
     example = f"example:\n  {start_of(command)} {_EXAMPLES[command]}"
     script = Path(sys.argv[0]).name if sys.argv else ""
-    prog = script if script.startswith("bmsn-") else f"python -m bmsn_zoo.{command}"
+    prog = script if script.startswith("bmsn-") else f"python -m bmsn_zoo.{_MODULES.get(command, command)}"
     if command in _RUNS:
         run = build_parser(_RUNS[command], _ABOUT[command], _FIRST[command].split(), example)
         run.prog = prog if sys.argv[:1] == ["-m"] else run.prog
@@ -104,13 +105,14 @@ def start_of(command: str) -> str:
     if command not in _RUNS:
         return f"python -m bmsn_zoo.{command}"
     beside = script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS
-    return f"accelerate launch {f'{command}.py' if beside else f'-m bmsn_zoo.{command}'}"
+    return f"accelerate launch {f'{command}.py' if beside else f'-m bmsn_zoo.{_MODULES[command]}'}"
 
 
 def started_command() -> str:
     """Which of our commands, modules or scripts python is starting; empty if another program imports this package."""
     if sys.argv[:1] == ["-m"]:  # as long as python looks for the module
-        return sys.orig_argv[-len(sys.argv)].removeprefix("-m").rpartition("bmsn_zoo.")[2]
+        module = sys.orig_argv[-len(sys.argv)].removeprefix("-m").rpartition("bmsn_zoo.")[2]
+        return next((command for command, name in _MODULES.items() if name == module), module)
     script = Path(sys.argv[0] if sys.argv else "").absolute()
     if script.name.startswith("bmsn-"):  # as pip installs it
         return script.stem.removeprefix("bmsn-")

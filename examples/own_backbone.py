@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bmsn_zoo import BACKBONES, Backbone, Layout
-from bmsn_zoo.search import main
+from bmsn_zoo.searching import main
 
 CHANNELS = (16, 16, 32, 32, 64, 64)
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from bmsn_zoo import hub
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.models.found import register_folder
 from bmsn_zoo.results import SearchResult
 
@@ -26,7 +26,7 @@ def make(data: Path) -> SimpleNamespace:
     base.mkdir()
     search, found, default, zoo = (base / name for name in ("search", "found", "default", "zoo"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [str(base / "bmsn_zoo" / "search.py"), "--dataset", str(data), "--lr", "0.05"])
+        patch.setattr("sys.argv", [str(base / "bmsn_zoo" / "searching.py"), "--dataset", str(data), "--lr", "0.05"])
         assert run(search_module, "--dataset", data, *COMMON, "--mixture-size", 2, "--output", search) == 0
         patch.setattr("sys.argv", [str(base / "train.py"), "--output", str(found), "--from-search", str(search)])
         # 32 score images show nothing, but what follows is about searches that do

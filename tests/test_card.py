@@ -140,7 +140,7 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
         return portable(TrainResult(**{**record, **changed})).content()
 
     record["segments"][0]["command"] = [
-        "/home/me/bmsn_zoo/train.py",
+        "/home/me/bmsn_zoo/training.py",
         *("--output", "/home/me/runs/x", "--resume", "--lr=0.1", "--from-search=/home/me/s", "--no-flip"),
         *("--recipe", "/home/me/mine.yaml", "--recipe=digits-resnet20"),
         *("--push-to-hub", "me/net", "--private", "--revision", "trial", "--create-pr", "--dataset", "/home/me/photos"),
@@ -148,7 +148,7 @@ def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
     once = treated()
     assert portable(TrainResult(**once)).content() == once
     assert once["segments"][0]["command"] == [
-        *("bmsn_zoo/train.py", "--lr=0.1", "--no-flip", "--recipe", "mine.yaml", "--recipe", "digits-resnet20")
+        *("bmsn_zoo/training.py", "--lr=0.1", "--no-flip", "--recipe", "mine.yaml", "--recipe", "digits-resnet20")
     ]
     assert once["settings"]["from_search"] == "search.json"
     assert once["settings"]["dataset"] == once["dataset"]["id"] == "compass"
@@ -181,8 +181,8 @@ def test_search_card(runs):
         == sum("best within the default's MACs" in row[1] for row in rows)
         == 1
     )
-    assert "accelerate launch -m bmsn_zoo.train --from-search me/search " in text
-    assert "accelerate launch -m bmsn_zoo.search --lr 0.05 --dataset compass\n" in text
+    assert "accelerate launch -m bmsn_zoo.training --from-search me/search " in text
+    assert "accelerate launch -m bmsn_zoo.searching --lr 0.05 --dataset compass\n" in text
     assert str(runs.base) not in text
     for picture in ("accuracy_macs", "assignment", "curves"):
         assert f"pictures/{picture}.png" in text

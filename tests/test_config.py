@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-import bmsn_zoo.search
+import bmsn_zoo.searching
 from bmsn_zoo import InputError
 from bmsn_zoo.config import (
     DataConfig,
@@ -261,11 +261,11 @@ def command(monkeypatch, capsys):
         seen.append(config)
         raise InputError("stopped before the search")
 
-    monkeypatch.setattr(bmsn_zoo.search, "search", search)
+    monkeypatch.setattr(bmsn_zoo.searching, "search", search)
 
     def run(*argv):
         seen.clear()
-        assert bmsn_zoo.search.main(argv) == 2
+        assert bmsn_zoo.searching.main(argv) == 2
         return seen[0] if seen else capsys.readouterr().err
 
     return run

@@ -8,7 +8,7 @@ import torch
 from small_runs import COMMON, run
 
 from bmsn_zoo import BACKBONES, InputError, Layout, SearchSpace, cost, one_shot
-from bmsn_zoo import search as search_module
+from bmsn_zoo import searching as search_module
 from bmsn_zoo.results import SearchResult
 from bmsn_zoo.supernet import Mixture
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from small_runs import COMMON, FOUND
 
 from bmsn_zoo import InputError, hub, one_shot, report
-from bmsn_zoo import search as search_module
+from bmsn_zoo import searching as search_module
 from bmsn_zoo.config import SearchConfig, build_config, load_recipe, shipped_folder
 from bmsn_zoo.data import DataSource
 from bmsn_zoo.model_folder import load_model

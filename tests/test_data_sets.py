@@ -360,7 +360,7 @@ def test_an_image_that_is_replaced_is_read_again(tmp_path):
 def test_test_images_that_cannot_be_used_stop_a_training_first_and_repaired_ones_end_it(
     image_dataset, tmp_path, capfd, monkeypatch
 ):
-    from bmsn_zoo import train as train_module
+    from bmsn_zoo import training as train_module
 
     def store(test):
         datasets.DatasetDict(train=image_dataset["train"], test=test).save_to_disk(tmp_path / "data")

@@ -18,8 +18,8 @@ from small_runs import COMMON, DEFAULT, FOUND, run
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from bmsn_zoo import InputError, Layout
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.model_folder import MODEL_FILES, add, load_model, save_model
 from bmsn_zoo.models.found import _register_all, register_folder

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from small_runs import COMMON, DEFAULT, FOUND, run
 
 from bmsn_zoo import InputError, SearchSpace, hub, one_shot
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.card import SOME_NAME
 from bmsn_zoo.supernet import Mixture
 

@@ -96,7 +96,7 @@ def test_versions_that_do_not_fit_are_found_before_the_training(tmp_path):
     (tmp_path / "onnxscript").mkdir()
     (tmp_path / "onnxscript" / "__init__.py").write_text("")  # lacks all that torch needs of it
     done = subprocess.run(
-        [sys.executable, "-m", "bmsn_zoo.train", "--layout", "4-3-3", "--onnx", "--output", str(tmp_path / "run")],
+        [sys.executable, "-m", "bmsn_zoo.training", "--layout", "4-3-3", "--onnx", "--output", str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,

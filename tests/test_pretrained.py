@@ -10,8 +10,8 @@ from small_runs import COMMON, run
 from timm.models import save_for_hf
 
 from bmsn_zoo import InputError, SearchSpace
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.results import SearchResult
 from bmsn_zoo.supernet import Mixture, norms_of
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_scripts import QUICK, found, search
 
 from bmsn_zoo import SearchSpace, cost
-from bmsn_zoo import train as train_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.config import TrainConfig
 from bmsn_zoo.data import DataSource, stratified_split
 from bmsn_zoo.evaluate import evaluate
@@ -208,7 +208,7 @@ def test_processes_end_when_their_launcher_is_lost(image_folder, tmp_path):
 
 EACH = """
 import os, sys
-from bmsn_zoo.search import main
+from bmsn_zoo.searching import main
 sys.exit(main([*sys.argv[1:], "--epochs", "0" if os.environ["RANK"] == "1" else "2"]))
 """
 
@@ -252,8 +252,8 @@ def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path
         console.name
     ].partition(":")
     console.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    for start in [["-m", f"bmsn_zoo.{command}"], [str(console)]] + [[str(ROOT / f"{command}.py")]] * runs:
-        usage = f"python -m bmsn_zoo.{command}" if start[0] == "-m" else Path(start[0]).name
+    for start in [["-m", module], [str(console)]] + [[str(ROOT / f"{command}.py")]] * runs:
+        usage = f"python -m {module}" if start[0] == "-m" else Path(start[0]).name
         cases = [(["--help"], 0, f"usage: {usage} ")]
         if runs:
             cases += [

@@ -14,7 +14,7 @@ from test_processes import torchrun
 from torch.nn.functional import interpolate, max_pool2d
 
 from bmsn_zoo import SearchSpace, cost, report
-from bmsn_zoo import search as search_module
+from bmsn_zoo import searching as search_module
 from bmsn_zoo.card import search_card
 from bmsn_zoo.compare import compare_runs
 from bmsn_zoo.config import SearchConfig

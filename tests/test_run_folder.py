@@ -13,6 +13,8 @@ from small_runs import COMMON
 from timm.optim import create_optimizer_v2
 
 import bmsn_zoo.run_folder
+import bmsn_zoo.searching
+import bmsn_zoo.training
 from bmsn_zoo import InputError
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.files import read_json, write_json, write_text
@@ -427,14 +429,14 @@ def test_cut_tensors_are_one_line(tmp_path, size):
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
-        ("search", "bmsn_zoo.search.report.draw_search"),
+        ("search", "bmsn_zoo.searching.report.draw_search"),
         ("search", "bmsn_zoo.run_folder.RunFolder.drop_checkpoints"),
-        ("train", "bmsn_zoo.train.save_model"),
-        ("train", "bmsn_zoo.train.report.draw_training"),
+        ("train", "bmsn_zoo.training.save_model"),
+        ("train", "bmsn_zoo.training.report.draw_training"),
     ],
 )
 def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_folder, tmp_path, monkeypatch, capsys):
-    module = __import__(f"bmsn_zoo.{kind}", fromlist=["main"])
+    module = {"search": bmsn_zoo.searching, "train": bmsn_zoo.training}[kind]
     settings = ["--dataset", str(image_folder), *COMMON, *(["--layout", "5-3-2"] if kind == "train" else [])]
     settings += ["--mixture-size", "1"] if kind == "search" else []
 
@@ -463,13 +465,10 @@ def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_fo
 
 
 def test_a_place_where_nothing_can_be_written_is_noticed_before_images_are_read(tmp_path, monkeypatch, capsys):
-    import bmsn_zoo.search
-    import bmsn_zoo.train
-
     monkeypatch.setattr("bmsn_zoo.data.sources.load_splits", lambda config: pytest.fail("the data set was read"))
     for place in (tmp_path / ("x" * 300), tmp_path / "file" / "run", "/proc/run"):
         (tmp_path / "file").write_text("")
-        for module, more in ((bmsn_zoo.search, []), (bmsn_zoo.train, ["--layout", "5-3-2"])):
+        for module, more in ((bmsn_zoo.searching, []), (bmsn_zoo.training, ["--layout", "5-3-2"])):
             assert module.main(["--output", str(place), "--mixed-precision", "no", *more]) == 2
             error = capsys.readouterr().err
             assert error.count("\n") == 1 and "cannot be used" in error

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from scipy.stats import kendalltau
 
 import bmsn_zoo
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.assignment import usage
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource, normalise, to_pixels

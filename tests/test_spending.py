@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bmsn_zoo import InputError, SearchSpace, cost
-from bmsn_zoo import search as search_module
+from bmsn_zoo import searching as search_module
 from bmsn_zoo.config import SearchConfig, over_recipe
 from bmsn_zoo.optimizer import learning_rate
 from bmsn_zoo.spending import Spending, cost_quarters, decay_powers

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from bmsn_zoo import hub, reference, report
-from bmsn_zoo import search as search_module
-from bmsn_zoo import train as train_module
+from bmsn_zoo import searching as search_module
+from bmsn_zoo import training as train_module
 from bmsn_zoo.card import portable, search_card
 from bmsn_zoo.compare import expected_best
 from bmsn_zoo.config import SearchConfig

@@ -105,13 +105,13 @@ def test_a_found_model_loads_with_no_network(runs, site, command, tmp_path):
 def test_the_commands_work(command, tmp_path):
     few = ["--epochs", 1, "--limit", 200, "--mixed-precision", "no"]
     printed = command(
-        *("-m", "accelerate.commands.launch", "-m", "bmsn_zoo.search", "--recipe", "digits-resnet20", *few),
+        *("-m", "accelerate.commands.launch", "-m", "bmsn_zoo.searching", "--recipe", "digits-resnet20", *few),
         *("--output", "search"),
     )
-    assert "accelerate launch -m bmsn_zoo.train --from-search search\n" in printed
-    command("-m", "bmsn_zoo.train", "--from-search", "search", *few, "--output", "train")
+    assert "accelerate launch -m bmsn_zoo.training --from-search search\n" in printed
+    command("-m", "bmsn_zoo.training", "--from-search", "search", *few, "--output", "train")
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
     assert metrics["test_images"] > 300
     card = (tmp_path / "train" / "model" / "README.md").read_text()
-    assert f"accelerate launch -m bmsn_zoo.train {' '.join(map(str, few))} --from-search YOUR_NAME" in card
+    assert f"accelerate launch -m bmsn_zoo.training {' '.join(map(str, few))} --from-search YOUR_NAME" in card
     assert str(tmp_path) not in card

@@ -24,7 +24,7 @@ from ..launch import launched_processes, rank
 from ..results import TrialResult
 from ..run_folder import RunFolder
 from ..runtime import usable_cores
-from ..train import train
+from ..training import train
 from .protocol import Trial
 
 _log = logging.getLogger(__name__)
