@@ -109,3 +109,13 @@ def test_timms_scripts_know_our_models(tmp_path):
     words = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout == "3-4-3\n", done.stderr
+
+
+def test_the_tables_of_searches_are_those_of_their_records():
+    """The page is what its command writes; rows of the development are not read against the truth."""
+    evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
+    rows = evidence["load"](ROOT / "results" / "searches")
+    assert (ROOT / "results" / "searches.md").read_text(encoding="utf-8") == evidence["page"](rows)
+    developed = evidence["page"]({f"dev-{name}": seeds for name, seeds in rows.items()})
+    assert "Not read against the published table" in developed and "| dev-uniform | " in developed
+    assert developed.count(" tau ") == 2, "a table of the development has a column of the truth"  # of the final rows
