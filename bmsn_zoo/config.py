@@ -58,7 +58,7 @@ class DataConfig(BaseModel):
     train_split: str = setting("train", "split of the training images")
     test_split: str | None = setting(None, "split of the test images; test, else validation, else a fixed fifth")
     image_size: int | None = setting(
-        None, "side of the square network input in pixels; that of the first image", 4, 1024
+        None, "side of the square network input in pixels; the median shorter side of the images", 4, 1024
     )
     in_chans: int = setting(3, "channels of the network input: 3 for colour, 1 for gray", choices=(1, 3))
     limit: int | None = setting(None, "use only this many training images, class-stratified", 2)

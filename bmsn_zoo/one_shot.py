@@ -195,10 +195,10 @@ class OneShotSearch(SearchBase):
         """Say what is going to be searched, by how many steps, and whether they are few."""
         config = self.config
         steps = round(self.spending.last) + (config.budget is None)
-        each, of = steps // config.mixture_size, "given" if config.image_size else "that of the first image"
+        each = steps // config.mixture_size
         _log.info(
-            f"search: {len(self.space)} layouts of {config.model} at {self.source.image_size} pixels ({of}); "
-            f"{len(self.weight_split)} images train, {len(self.score_split)} score; mixture of {config.mixture_size}, "
+            f"search: {len(self.space)} layouts of {config.model} at {self.source.image_size} pixels "
+            f"({self.source.size_origin}); {len(self.weight_split)} images train, {len(self.score_split)} score; mixture of {config.mixture_size}, "
             f"batches of {config.batch_size}; {'about ' if config.budget else ''}{steps} steps"
             f"{f' in {config.epochs} epochs' if config.epochs else ''}, {each} for each supernet"
         )

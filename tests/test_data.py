@@ -478,11 +478,13 @@ def test_image_size_and_channels(unequal, image_size, in_chans):
         assert len(data.mean) == len(data.std) == in_chans
 
 
-def test_size_is_that_of_the_first_image_within_reason(tmp_path):
-    images = [noise(40, 30, 3)] + [noise(9, 50, 3)] * 19
-    assert open_source(save(tmp_path, split(images, NAMES * 5))).image_size == 30
-    images[0] = noise(300, 400, 3)
-    assert open_source(save(tmp_path / "large", split(images, NAMES * 5))).image_size == 224
+def test_size_is_the_median_shorter_side_within_reason(tmp_path):
+    images = [noise(90, 80, 3)] + [noise(30, 50, 3)] * 10 + [noise(40, 20, 3)] * 9
+    source = open_source(save(tmp_path, split(images, NAMES * 5)))
+    assert (source.image_size, source.size_origin) == (30, "the median shorter side of 16 images")
+    source = open_source(save(tmp_path / "large", split([noise(300, 400, 3)] * 20, NAMES * 5)))
+    assert (source.image_size, source.size_origin) == (224, "the median shorter side of 16 images, at most 224")
+    assert open_source(tmp_path, image_size=12).size_origin == "given"
 
 
 def test_statistics_are_those_of_the_training_images(unequal):

@@ -102,7 +102,7 @@ def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image
         patch.setattr(search_module, "train_and_score", watched)
         assert search_module.main([*settings, "--output", str(tmp_path / "whole")]) == 0
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "36 layouts of bmsn_resnet20 at 16 pixels (that of the first image); 32 images train, 32 score" in said
+    assert "36 layouts of bmsn_resnet20 at 16 pixels (the median shorter side of 64 images); 32 images train" in said
     assert "mixture of 2, batches of 8; about 30 steps, 15 for each supernet 15 steps for each supernet: below" in said
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_module._Search, "end_epoch", stopped)

@@ -1,6 +1,7 @@
 """The splits of any Hugging Face image data set: their columns, classes and images."""
 
 import hashlib
+import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from .loading import default_test_split, load_splits
 from .pixels import RowLoader, RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image
 
 _STATISTICS_SAMPLE = 4096  # images from which the mean and deviation of a streamed set are measured
-_SCALE_SAMPLE = 128  # images from which the range of values of more than 8 bits is found
+_SAMPLE = 128  # images from which the size of all is found, and the range of values of more than 8 bits
+_LARGEST = 224  # pixels of a network's input, unless it is asked for more
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class DataSource:
 
     Attributes:
         training, held_out: where the training and the test images are.
+        image_size, size_origin: side of the network's input in pixels, and where that is from, for people.
 
     Raises:
         InputError: if there is no such data set, split or column, or the labels cannot be learned.
@@ -88,7 +91,7 @@ class DataSource:
         present = np.unique(labels[rows])
         if len(present) < 2:
             raise InputError(f"dataset {name} has one class, {self.label_names[present[0]]!r}: two or more are needed")
-        size, self._scales = self._look()
+        size, self.size_origin, self._scales = self._look()
         self.image_size = config.image_size or size
         if config.crop_padding >= self.image_size:
             raise InputError(
@@ -171,25 +174,29 @@ class DataSource:
             raise InputError(f"{where}: label {brief(unknown[0])} occurs in no training image: relabel or remove it")
         return np.array([index[value] for value in values])[codes.indices.to_numpy()[part.rows]]
 
-    def _look(self) -> tuple[int, dict[str, tuple[float, float]]]:
-        """Shorter side of the first training image, within reason, and the scales of values of more than 8 bits."""
+    def _look(self) -> tuple[int, str, dict[str, tuple[float, float]]]:
+        """Median shorter side of some training images, within reason; what it is; scales of more than 8 bits."""
         table, split, rows = self.training
         reader = RowReader(table, self.image_column, split, rows)
-        sample = [0, *random_stream(0, SPLIT).permutation(len(rows))[:_SCALE_SAMPLE]]
-        size, found = 0, dict[str, list[float]]()
+        sample = [*random_stream(0, SPLIT).permutation(len(rows))[:_SAMPLE]]
+        sides, found, fault = list[int](), dict[str, list[float]](), ""
         for position, value in zip(sample, reader.values(sample), strict=True):
             try:
                 with open_image(value, reader.likely) as image:
                     reader.likely = image.format
-                    size = size or min(*image.size, 224)
                     if (mode := deep_mode(image)) is not None:
                         pixels = np.asarray(image, dtype=np.float64)
                         pixels = pixels[np.isfinite(pixels)]
                         found.setdefault(mode, [0.0]).extend((pixels.min(initial=0), pixels.max(initial=0)))
+                    sides.append(min(image.size))
             except Exception as error:  # the others are named when all are read
-                if not size:
-                    raise InputError(f"data set: {reader.fault(rows[position], value, error)}") from None
-        return size, {mode: find_scale(mode, min(values), max(values)) for mode, values in found.items()}
+                fault = fault or reader.fault(rows[position], value, error)
+        if not sides:
+            raise InputError(f"data set: {fault}")
+        side, limit = statistics.median_low(sides), f", at most {_LARGEST}" if max(sides) > _LARGEST else ""
+        origin = "given" if self.config.image_size else f"the median shorter side of {len(sides)} images{limit}"
+        scales = {mode: find_scale(mode, min(values), max(values)) for mode, values in found.items()}
+        return min(side, _LARGEST), origin, scales
 
     def _load(self, part: Part) -> ImageData:
         size, in_chans = self.image_size, self.config.in_chans
