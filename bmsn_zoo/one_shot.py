@@ -198,8 +198,9 @@ class OneShotSearch(SearchBase):
         each = steps // config.mixture_size
         _log.info(
             f"search: {len(self.space)} layouts of {config.model} at {self.source.image_size} pixels "
-            f"({self.source.size_origin}); {len(self.weight_split)} images train, {len(self.score_split)} score; mixture of {config.mixture_size}, "
-            f"batches of {config.batch_size}; {'about ' if config.budget else ''}{steps} steps"
+            f"({self.source.size_origin}); {len(self.weight_split)} images train, {len(self.score_split)} score; "
+            f"mixture of {config.mixture_size}, batches of {config.batch_size}; "
+            f"{'about ' if config.budget else ''}{steps} steps"
             f"{f' in {config.epochs} epochs' if config.epochs else ''}, {each} for each supernet"
         )
         if each < FEW_STEPS:
