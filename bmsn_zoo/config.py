@@ -80,6 +80,12 @@ class DataConfig(BaseModel):
     )
     threads: int | None = setting(None, "CPU threads of each process; all cores shared evenly", 1, environment=True)
     workers: int | None = setting(None, "processes that read images; one for each thread", 0, environment=True)
+    report_to: str | None = setting(
+        None,
+        "also show the curves of the run in one of these; they need the extra bmsn_zoo[trackers]",
+        choices=("tensorboard", "trackio", "wandb"),
+        environment=True,
+    )
     memory_limit: float = setting(4.0, "decoded images up to this many GiB stay in memory, more are streamed", 0)
 
     @field_validator("*", mode="before")

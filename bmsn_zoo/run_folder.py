@@ -26,6 +26,7 @@ from .config import ConfigT, DataConfig, build_config
 from .errors import InputError, brief, first_line
 from .files import one_line, read_json, read_yaml, sha256, write_bytes, write_json, write_text
 from .results import Record, Segment, Settings
+from .trackers import Curves
 
 _log = logging.getLogger(__name__)
 RUNS = Path("runs")
@@ -135,6 +136,7 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
         if folder is None:
             folder = RunFolder(Path(path), main=False)
             folder.epoch = epoch
+        stack.callback(folder.end)
         yield folder
         follow(outer)  # not after an error, which says how to go on
 
@@ -198,6 +200,7 @@ class RunFolder:
 
     def __init__(self, path: Path, main: bool = True) -> None:
         self.path, self.main, self.epoch = path, main, 0
+        self._curves: Curves | None = None
         record = path / "run.json"
         self.state = RunState.read(record) if record.exists() else None
 
@@ -224,7 +227,13 @@ class RunFolder:
         if whole:
             raise InputError(f"output {self.path} has no checkpoint that is not damaged: start in another folder")
 
-    def begin(self, config: DataConfig, segment: dict[str, Any], identity: dict[str, Any]) -> None:
+    def begin(
+        self,
+        config: DataConfig,
+        segment: dict[str, Any],
+        identity: dict[str, Any],
+        accelerator: Accelerator | None = None,
+    ) -> None:
         """Write the config and the record of a new segment of the run, and drop what it will compute again.
 
         To be called by every process, when nothing else can be refused.
@@ -233,9 +242,10 @@ class RunFolder:
             config: of the run.
             segment: what it computes on, see `Segment`.
             identity: what tells its data from others; JSON.
+            accelerator: whose tracker shows the run's curves.
 
         Raises:
-            InputError: if the run began with other settings or other data.
+            InputError: if the run began with other settings or other data, or its tracker does not start.
         """
         identity, segments = json.loads(json.dumps(identity)), self.segments
         if self.state:
@@ -258,6 +268,9 @@ class RunFolder:
         write_bytes(metrics, kept)
         kind: Any = _kind(type(config))
         self._update(RunState(kind=kind, settings=config.settings(), identity=identity, segments=[*segments, new]))
+        if accelerator and accelerator.log_with:
+            rows = [json.loads(row) for row in kept.splitlines()]
+            self._curves = Curves(accelerator, self.path, config.as_dict(), rows)
         if followed() is None:  # else it is a part of that run, with which it is resumed
             follow(self)
 
@@ -291,9 +304,16 @@ class RunFolder:
         return {"duration_seconds": seconds, **last, "segments": self.segments}
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and show it in the tracker."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self._curves:
+            self._curves.log(row)
+
+    def end(self) -> None:
+        """Close what shows the run's curves."""
+        if self._curves:
+            self._curves.end()
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints that were whole when they were written, oldest first."""

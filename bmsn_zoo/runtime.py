@@ -21,6 +21,7 @@ from . import __version__
 from .config import DataConfig, SearchConfig
 from .errors import InputError, first_line
 from .launch import PROCESS_VARIABLES, check_launch, launched_processes
+from .trackers import check_tracker
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -64,9 +65,10 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
         default_precision: see above.
 
     Raises:
-        InputError: if the processes do not know of each other, or the backend or precision cannot be used.
+        InputError: if the processes do not know of each other, or the backend, precision or tracker cannot be used.
     """
     check_launch(os.environ, isinstance(config, SearchConfig))
+    check_tracker(config.report_to)
     processes = launched_processes()
     if processes == 1:  # what was left of another launcher's RANK must not make this a part of something
         for name in PROCESS_VARIABLES:
@@ -110,7 +112,12 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
         _log.warning("accelerate launch was asked for several processes but starts one on CPUs: use torchrun")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
-    return Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+    return Accelerator(
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        log_with=config.report_to,
+        project_dir=".",  # trackers want to hear of one before there is a run folder
+    )
 
 
 def progress_bar(items: Iterable[T], total: int, title: str) -> Any:

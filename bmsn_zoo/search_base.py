@@ -51,7 +51,7 @@ class SearchBase:
     def begin_run(self) -> None:
         """Write what the run is, when nothing else can be refused."""
         segment = {**runtime.describe(self.accelerator), "command": sys.argv}
-        self.folder.begin(self.config, segment, self.source.identity(self.data))
+        self.folder.begin(self.config, segment, self.source.identity(self.data), self.accelerator)
 
     def why_undecided(self, found: Ranking) -> str | None:
         """Why no layout can be called the best, see `ranking.why_undecided`."""

@@ -144,7 +144,7 @@ class _Training:
         """All epochs, then the one look at the images that the result is measured on."""
         config, accelerator, folder = self.config, self.accelerator, self.folder
         segment = {**runtime.describe(accelerator), "command": sys.argv}
-        folder.begin(config, segment, self.source.identity(self.data))
+        folder.begin(config, segment, self.source.identity(self.data), accelerator)
         accelerator.wait_for_everyone()
         self._restore()
 

@@ -51,10 +51,12 @@ def torchrun(count):
 def test_two_processes_search_together(parallel, image_folder, tmp_path):
     output = tmp_path / "run"
     settings = ["--dataset", image_folder, *QUICK, "--threads", 1, "--parallel", parallel, "--output", output]
+    settings += ["--report-to", "tensorboard"]
     done = run("search.py", *settings, launcher=torchrun(2), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     result = json.loads((output / "search.json").read_text())
     assert result["segments"][0]["processes"] == 2
+    assert len(list((output / "tensorboard").glob("events*"))) == 1, "the main process alone shows curves"
     assert len(result["ranking"]) == 36
     scores = torch.tensor(result["scores"])
     assert sorted(set((scores != 1).sum(0).tolist())) != [0], "no score was ever updated"
