@@ -6,6 +6,7 @@ from .layout import Layout
 
 usage.answer_early()  # before what takes seconds to import
 
+from .api import SearchResult, TrainResult, search, train  # noqa: E402
 from .models import PoolingResNet, layout_of, relayout  # noqa: E402
 from .search_space import BACKBONES, Backbone, SearchSpace, backbone_of  # noqa: E402
 
@@ -16,8 +17,12 @@ __all__ = [
     "InputError",
     "Layout",
     "PoolingResNet",
+    "SearchResult",
     "SearchSpace",
+    "TrainResult",
     "backbone_of",
     "layout_of",
     "relayout",
+    "search",
+    "train",
 ]

@@ -37,7 +37,7 @@ def followed() -> Any:
     return _run
 
 
-def run_command(run: Callable[[], None]) -> int:
+def run_command(run: Callable[[], object]) -> int:
     """Run a command to its exit code: 2, and one line on standard error, for what a user can mend.
 
     Every process may speak, those after the first a moment later: where all meet one mistake, their launcher has

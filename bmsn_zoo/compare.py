@@ -197,7 +197,7 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
     scores = [{Layout.parse(layout): value for layout, value in result.values.items()} for result in results]
     cells = [["run", "strategy", "M", "found", "score", "agree", "tau", "regret", "front", "accuracy", "10^15"]]
     for name, result, own in zip(names, results, scores, strict=True):
-        found = (result.default if result.undecided else None) or result.pick("best")
+        found = result.to_train("best")
         others = [there for there in zip(results, scores, strict=True) if there[0] is not result]
         agree = [_tau(own, other) for there, other in others if (there.model, set(other)) == (result.model, set(own))]
         known, measured = f"{Path(result.dataset.id).name}-{result.model.removeprefix('bmsn_')}", ["-"] * 4

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,9 @@ from .errors import InputError
 from .files import read_text
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault
 from .usage import parser_of, start_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
 _NAMES = {
@@ -62,13 +65,13 @@ def _epochs(folder: Path, kind: type[EpochT]) -> list[EpochT]:
     return rows
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
 
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
 
@@ -87,15 +90,20 @@ def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequ
 
 def draw_search(folder: Path) -> None:
     """Draw the pictures of a finished search into its folder `pictures/`."""
-    result = SearchResult.read(folder / "search.json")
-    if "trials" in result.details:  # layouts that were trained alone: no supernets to show
-        _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
-        return
-    rows = _epochs(folder, _SearchEpoch)
-    if result.assignment_matrix is not None:
-        _draw_assignment(result, result.assignment_matrix, folder / "pictures" / "assignment.png")
-    _draw_accuracy_against_macs(result, folder / "pictures" / "accuracy_macs.png")
-    figure = _figure(9, 3.2)
+    result, pictures = SearchResult.read(folder / "search.json"), folder / "pictures"
+    if "trials" not in result.details:  # else layouts were trained alone: no supernets to show
+        curves = draw_search_curves(result, folder)
+        if result.assignment_matrix is not None:
+            _save(draw_assignment(result), pictures / "assignment.png")
+        _save(curves, pictures / "curves.png")
+    _save(draw_accuracy_macs(result), pictures / "accuracy_macs.png")
+
+
+def draw_search_curves(result: SearchResult, folder: Path) -> "Figure":
+    """Loss, accuracy and steps of each supernet over the epochs of a search, whose metrics.jsonl is in `folder`."""
+    if "trials" in result.details:
+        raise InputError("this search trained layouts alone: see the curves of its trials")
+    rows, figure = _epochs(folder, _SearchEpoch), _figure(9, 3.2)
     loss, accuracy, draws = figure.subplots(1, 3)
     _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
     scores = [100 * row.score_accuracy for row in rows]
@@ -106,7 +114,7 @@ def draw_search(folder: Path) -> None:
     _draw_curves(draws, rows, "steps of each supernet", **steps)
     draws.set_ylim(bottom=0)
     figure.suptitle(_subject(result), fontsize=10)
-    _save(figure, folder / "pictures" / "curves.png")
+    return figure
 
 
 def _subject(result: Run) -> str:
@@ -115,7 +123,10 @@ def _subject(result: Run) -> str:
     return f"{name[:30]}, seed {result.seed}".replace("$", r"\$")
 
 
-def _draw_assignment(result: SearchResult, matrix: Sequence[Sequence[float]], path: Path) -> None:
+def draw_assignment(result: SearchResult) -> "Figure":
+    """Which supernet each layout is assigned to at the end of a search, cheapest layout first."""
+    if (matrix := result.assignment_matrix) is None:
+        raise InputError("this search assigned no layouts to supernets: there is no picture of that")
     macs = {entry.layout: entry.macs for entry in result.ranking}
     rows = sorted(zip(result.layouts, matrix, strict=True), key=lambda row: macs[row[0]])
     figure = _figure(max(6.0, 0.22 * len(rows) + 2), 1.2 + 0.35 * result.mixture_size + 0.8)
@@ -129,10 +140,11 @@ def _draw_assignment(result: SearchResult, matrix: Sequence[Sequence[float]], pa
     axes.set_ylabel("supernet")
     axes.set_title(f"{_subject(result)}: p(supernet given layout)", fontsize=10)
     figure.colorbar(image, ax=axes)
-    _save(figure, path)
+    return figure
 
 
-def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
+def draw_accuracy_macs(result: SearchResult) -> "Figure":
+    """All layouts of a search by cost and accuracy, with the Pareto front, the default and the best within its cost."""
     figure = _figure(7, 4.6)
     axes = figure.add_subplot()
 
@@ -146,7 +158,7 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
         axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
         axes.axvline(default.macs / 1e6, color="black", linewidth=0.8, linestyle="--", label="its cost", zorder=1)
     if within := result.best_within_default_macs:
-        ring = dict(facecolors="none", edgecolors="#1d4ed8", linewidths=1.5)
+        ring: dict[str, Any] = dict(facecolors="none", edgecolors="#1d4ed8", linewidths=1.5)
         axes.scatter(*points([within]), s=130, label="best within it", zorder=5, **ring)
     axes.set_xscale("log")
     axes.set_xlim(left=axes.get_xlim()[0] * 0.85)  # room for the labels, which stand where no point is
@@ -167,13 +179,17 @@ def _draw_accuracy_against_macs(result: SearchResult, path: Path) -> None:
     axes.set_title(f"{_subject(result)}: {len(result.layouts)} layouts, {alone}{verdict}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    return figure
 
 
 def draw_training(folder: Path) -> None:
     """Draw the learning curves of a training into its folder `pictures/`."""
-    rows = _epochs(folder, _TrainEpoch)
-    figure = _figure(7, 3.2)
+    _save(draw_training_curves(folder), folder / "pictures" / "curves.png")
+
+
+def draw_training_curves(folder: Path) -> "Figure":
+    """Loss and accuracies over the epochs of the training in a folder."""
+    rows, figure = _epochs(folder, _TrainEpoch), _figure(7, 3.2)
     loss, accuracy = figure.subplots(1, 2)
     _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
     curves = {"augmented training images": [100 * row.train_accuracy for row in rows]}
@@ -181,7 +197,7 @@ def draw_training(folder: Path) -> None:
     if len(held) == len(rows):
         curves["held-out training images"] = held
     _draw_curves(accuracy, rows, "accuracy, %", **curves)
-    _save(figure, folder / "pictures" / "curves.png")
+    return figure
 
 
 def draw_confusion(confusion: Any, classes: Sequence[str], path: Path) -> None:
@@ -255,8 +271,7 @@ def confirmation_table(confirmed: Confirmation) -> str:
 
 def _evidence(result: SearchResult, pick: str) -> str:
     """Which layout a choice is, what it costs, and what is known of it."""
-    undecided = result.undecided and result.default
-    entry = result.pick("default" if undecided else pick)
+    entry = result.to_train(pick)
     cost = f"{entry.macs / 1e6:.1f} M MACs"
     if result.default:
         cost += f", {entry.macs / result.default.macs:.2f} x the default's"

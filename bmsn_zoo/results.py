@@ -414,6 +414,10 @@ class SearchResult(Ranking, Run):
             choice = getattr(self.confirmed, choice)
         return super().pick(choice)
 
+    def to_train(self, choice: str) -> Entry:
+        """What a training takes for a pick: the default, if it was searched and no best one can be told from others."""
+        return self.pick("default" if self.undecided and self.default and choice.startswith("best") else choice)
+
 
 class TrainResult(Run):
     """Result of a training.

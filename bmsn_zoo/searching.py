@@ -130,27 +130,29 @@ class _Search(OneShotSearch):
         self.finish(epoch)
 
 
+def start(given: dict[str, Any], told: bool = False) -> Path:
+    """Search as flags ask, given by their names; returns the folder. `told`: the result is printed."""
+    output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
+    recipe = given.get("recipe")
+    if recipe is None and "dataset" not in given and not resume:
+        recipe = "digits-resnet20"
+    settings = over_recipe(load_recipe(recipe, SearchConfig) if recipe else {}, given)
+    if settings.get("init_from") and not resume:
+        settings["init_from"] = hub.pin(settings["init_from"])
+    path = Path(output) if output else None
+    folder = search(resolve_config(SearchConfig, settings, path, resume), path, resume)
+    if PartialState().is_main_process:
+        if told:
+            report.print_search(folder)
+        if target and (address := hub.push(folder, **target)) and told:
+            report.print_pushed(address)
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("search")
-
-    def run() -> None:
-        given = vars(parser.parse_args(argv))
-        output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
-        recipe = given.get("recipe")
-        if recipe is None and "dataset" not in given and not resume:
-            recipe = "digits-resnet20"
-        settings = over_recipe(load_recipe(recipe, SearchConfig) if recipe else {}, given)
-        if settings.get("init_from") and not resume:
-            settings["init_from"] = hub.pin(settings["init_from"])
-        path = Path(output) if output else None
-        folder = search(resolve_config(SearchConfig, settings, path, resume), path, resume)
-        if PartialState().is_main_process:
-            report.print_search(folder)
-            if target:
-                report.print_pushed(hub.push(folder, **target))
-
-    return run_command(run)
+    return run_command(lambda: start(vars(parser.parse_args(argv)), told=True))
 
 
 if __name__ == "__main__":

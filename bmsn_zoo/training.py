@@ -350,9 +350,8 @@ def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
         result: of the search, as `hub.load_search` gives it.
         pick: "best", "best_within_default_macs", "default", or a layout that the search ranked.
     """
-    undecided = result.undecided and pick.startswith("best")
-    entry = result.pick("default" if undecided and result.default else pick)
-    if undecided and rank() == 0:
+    entry = result.to_train(pick)
+    if result.undecided and pick.startswith("best") and rank() == 0:
         what = "the default layout" if result.default else "layout"
         _log.warning("training %s %s: %s", what, entry.layout, result.undecided)
     inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
@@ -379,24 +378,26 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
     return {**base, **found, **explicit}
 
 
+def start(given: dict[str, Any], told: bool = False) -> Path:
+    """Train as flags ask, given by their names; returns the folder. `told`: the result is printed."""
+    output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
+    path = Path(output) if output else None
+    config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
+    if target and config.measure == "holdout":
+        raise InputError("measure holdout makes no model to push: leave out --push-to-hub")
+    folder = train(config, path, resume)
+    if PartialState().is_main_process:
+        if told:
+            report.print_training(folder)
+        if target and (address := hub.push(folder, **target)) and told:
+            report.print_pushed(address)
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("train")
-
-    def run() -> None:
-        given = vars(parser.parse_args(argv))
-        output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
-        path = Path(output) if output else None
-        config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
-        if target and config.measure == "holdout":
-            raise InputError("measure holdout makes no model to push: leave out --push-to-hub")
-        folder = train(config, path, resume)
-        if PartialState().is_main_process:
-            report.print_training(folder)
-            if target:
-                report.print_pushed(hub.push(folder, **target))
-
-    return run_command(run)
+    return run_command(lambda: start(vars(parser.parse_args(argv)), told=True))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_f
 EACH = """
 import os, sys
 from pathlib import Path
-from bmsn_zoo import report, search
+from bmsn_zoo import report
+from bmsn_zoo import searching as search
 from bmsn_zoo.relaxed import RelaxedSearch
 from bmsn_zoo.run_folder import save_tensors
 real = RelaxedSearch.finish

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from bmsn_zoo import InputError, SearchSpace, search
+from bmsn_zoo import InputError, SearchSpace
+from bmsn_zoo import searching as search
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.results import SearchResult
 from bmsn_zoo.run_folder import RunFolder

@@ -1,0 +1,114 @@
+"""Searches and trainings from Python: what they take, what they give, and that it is what the commands do."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+import bmsn_zoo
+from bmsn_zoo import InputError
+
+QUICK = {"epochs": 1, "batch_size": 16, "mixed_precision": "no"}
+pytestmark = pytest.mark.timeout(200)
+
+
+def drawn(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def found(image_dataset, tmp_path_factory):
+    """A search of a data set in memory."""
+    home = tmp_path_factory.mktemp("api")
+    return bmsn_zoo.search(
+        image_dataset, home / "search", mixture_size=2, default_layout=bmsn_zoo.Layout((5, 5)), **QUICK
+    )
+
+
+def test_a_search_is_what_the_command_finds(found, image_folder, tmp_path):
+    again = bmsn_zoo.search(
+        dataset=image_folder, output=tmp_path / "run", mixture_size=2, default_layout="5-5", **QUICK
+    )
+    assert again.record.accuracy_matrix == found.record.accuracy_matrix
+    assert again.ranking.equals(found.ranking)
+    assert bmsn_zoo.SearchResult.load(tmp_path / "run").record == again.record
+
+
+def test_a_ranking_is_a_frame_of_every_layout(found):
+    frame, record = found.ranking, found.record
+    assert list(frame.index) == [1 + place for place in range(9)] and frame.index.name == "rank"
+    assert frame.loc[frame["layout"] == found.best.layout, "macs"].item() == found.best.macs
+    assert list(frame["accuracy"]) == sorted(frame["accuracy"], reverse=True)
+    assert set(frame["layout"][frame["pareto_front"]]) == {entry.layout for entry in record.pareto_front}
+    assert found.confirmed is None
+    assert found.best == record.default, "32 images show nothing"
+
+
+def test_plots_are_the_pictures_of_the_folder(found, tmp_path):
+    for name in ("accuracy_macs", "assignment", "curves"):
+        picture = Path(found) / "pictures" / f"{name}.png"
+        assert drawn(getattr(found, f"plot_{name}")()) == picture.read_bytes()
+
+
+def test_a_result_is_trained_and_predicts(found, image_dataset, tmp_path):
+    trained = bmsn_zoo.train(from_search=found, output=tmp_path / "run", **QUICK)
+    assert trained.record.layout == found.best.layout and 0 <= trained.accuracy <= 1
+    assert drawn(trained.plot_curves()) == (tmp_path / "run" / "pictures" / "curves.png").read_bytes()
+    image_dataset["test"][1]["image"].save(tmp_path / "photo.png")
+    ((file, labels),) = trained.predict(tmp_path / "photo.png", top=4).items()
+    assert file.name == "photo.png" and sum(share for _, share in labels) == pytest.approx(1)
+    assert {label for label, _ in labels} == set(image_dataset["train"].features["label"].names)
+    with pytest.raises(InputError, match="nothing is left to resume"):
+        bmsn_zoo.train(output=trained, resume=True)
+    trial = bmsn_zoo.train(image_dataset, tmp_path / "trial", layout="5-5", measure="holdout", holdout=0.5, **QUICK)
+    assert trial.accuracy == trial.record.holdout_accuracy
+
+
+def test_an_object_is_saved_once_and_again_if_it_changes(image_dataset, found, tmp_path):
+    home = Path(datasets.config.HF_DATASETS_CACHE) / "bmsn_zoo_objects"
+    before = set(home.iterdir())
+    settings = {"layout": "4-3-3", "measure": "holdout", "holdout": 0.5, **QUICK}
+    bmsn_zoo.train(image_dataset, tmp_path / "same", **settings)
+    assert set(home.iterdir()) == before
+    alone = bmsn_zoo.train(image_dataset["train"].select(range(48)), tmp_path / "part", **settings)
+    assert len(set(home.iterdir()) - before) == 1 and alone.record.train_images + alone.record.holdout_images == 38
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bmsn_zoo.search(epohs=3), "unknown setting 'epohs': did you mean epochs?"),
+        (lambda: bmsn_zoo.train(layuot=3), "unknown setting 'layuot': did you mean layout?"),
+        (lambda: bmsn_zoo.train(mixture_size=3), "unknown setting 'mixture_size': it belongs under search"),
+        (lambda: bmsn_zoo.search(epochs=0), "epochs 0 is too small: it must be at least 1"),
+        (lambda: bmsn_zoo.search(dataset=[1, 2]), r"dataset \[1, 2\] is of the type list: give a Hub id, a folder"),
+        (lambda: bmsn_zoo.SearchResult.load("nowhere"), "nowhere holds no finished search: search.json is missing"),
+        (lambda: bmsn_zoo.TrainResult.load("nowhere"), "nowhere/metrics.json cannot be read"),
+        (lambda: bmsn_zoo.SearchResult.load("bmsn_resnet20_cifar10").plot_curves(), "line 1, is not of this run"),
+    ],
+)
+def test_mistakes_are_one_line(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message.replace("?", r"\?")) as caught:
+        call()
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_the_zoo_says_what_its_searches_found(image_dataset):
+    found = bmsn_zoo.SearchResult.load("bmsn_resnet20_cifar10")
+    assert len(found.ranking) == 36 and found.best.layout == "3-4-3"
+    assert bmsn_zoo.TrainResult.load("bmsn_resnet20_cifar10").accuracy == pytest.approx(0.882)
+    with pytest.raises(InputError, match="assigned no layouts"):
+        without = found.record.model_copy(update={"assignment_matrix": None})
+        bmsn_zoo.SearchResult(found.source, without).plot_assignment()
+
+
+def test_the_import_brings_nothing_that_computes():
+    code = "import sys, bmsn_zoo; print({'accelerate', 'datasets', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
