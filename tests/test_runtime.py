@@ -33,7 +33,9 @@ for name, (settings, before, environment) in json.loads(sys.argv[1]).items():
         os.environ.update(environment)
         for number, stream in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{sys.argv[2]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-        sys.exit(command.run_command(lambda: run(settings, before)))
+        code = command.run_command(lambda: run(settings, before))
+        sys.stdout.flush()
+        os._exit(code)  # to take torch down costs seconds
     with open(f"{sys.argv[2]}/{name}.code", "w") as file:
         file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
