@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_search_speed_measures_what_is_asked_and_keeps_the_rest(tmp_path):
     output = tmp_path / "results.json"

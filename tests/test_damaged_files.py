@@ -180,8 +180,10 @@ def resumed(folder):
 FILES = [
     ("config.yaml", 70),
     ("run.json", 70),
-    *((f"checkpoint-2/{name}", 25) for name in ("complete.json", "supernet-0.safetensors", "strategy.safetensors")),
-    ("checkpoint-2/metrics.jsonl", 25),
+    *(
+        pytest.param(f"checkpoint-2/{name}", 25, marks=pytest.mark.slow)
+        for name in ("complete.json", "supernet-0.safetensors", "strategy.safetensors", "metrics.jsonl")
+    ),
 ]
 
 
@@ -219,6 +221,7 @@ def test_tensors_without_a_checksum(name, stopped):
 # models and searches that others give away
 
 
+@pytest.mark.slow
 def test_supernets(copies):
     result, whole = hub.load_supernets(str(copies / "search"))
     mixture = Mixture(SearchSpace(result.model), 2, 4, result.dataset.in_chans, 0)

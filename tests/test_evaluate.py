@@ -21,6 +21,7 @@ SHIPPED = sorted(file.parent for file in shipped_folder("hub_configs").glob("*/c
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_a_model_of_the_zoo_is_as_accurate_as_its_card_says(folder):
     dataset = DATASETS / json.loads((folder / "metrics.json").read_text())["dataset"]["id"].split("/")[-1]

@@ -120,6 +120,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_push_and_pull_in_fresh_processes(runs, tmp_path):
     with HubServer(orgs={"zoo": ["alice"]}) as server:
@@ -195,6 +196,7 @@ def test_push_and_pull_in_fresh_processes(runs, tmp_path):
     assert said["snippets"][0] == said["snippets"][1] in ("north", "east", "south", "west")
 
 
+@pytest.mark.slow
 def test_killed_before_the_commit(runs, tmp_path):
     with HubServer(lfs=True) as server:
         server.put(NET, {"config.json": b"{}"})

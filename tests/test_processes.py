@@ -47,6 +47,7 @@ def torchrun(count):
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "mixture"])
 def test_two_processes_search_together(parallel, image_folder, tmp_path):
     output = tmp_path / "run"
@@ -76,7 +77,10 @@ def test_two_processes_search_together(parallel, image_folder, tmp_path):
     assert result["dataset"]["fingerprint"] == single["dataset"]["fingerprint"]
 
 
-@pytest.mark.parametrize(("processes", "ema_decay"), [(1, 0.9), (2, 0), (2, 0.9)])
+@pytest.mark.parametrize(
+    ("processes", "ema_decay"),
+    [(1, 0.9), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 0.9, marks=pytest.mark.slow)],
+)
 def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay, tmp_path):
     """Processes normalise by their own shards, but one network is held out, tested and saved."""
     output = tmp_path / "run"
@@ -108,6 +112,7 @@ def launched(tmp_path, **content):
     return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file))
 
 
+@pytest.mark.slow
 def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
     """accelerate's launcher exports OMP_NUM_THREADS=1 unasked."""
     launcher = launched(tmp_path, use_cpu=True, debug=True, enable_cpu_affinity=True, mixed_precision="bf16")
@@ -120,6 +125,7 @@ def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
     assert " accelerate launch train.py --from-search run\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_training_compiles_where_the_file_says_so(image_folder, tmp_path):
     """By a backend that needs no compiler."""
     launcher = launched(tmp_path, use_cpu=True, dynamo_config={"dynamo_backend": "EAGER"})
@@ -129,6 +135,7 @@ def test_training_compiles_where_the_file_says_so(image_folder, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["segments"][0]["compiled"] == "eager"
 
 
+@pytest.mark.slow
 def test_fsdp_is_refused_where_it_is_known(image_folder, tmp_path):
     """By torchrun inside accelerate's launcher, whose own report follows our line."""
     launcher = launched(tmp_path, distributed_type="FSDP", use_cpu=False, fsdp_config={"fsdp_version": 1})
@@ -159,6 +166,7 @@ def descendants(pid):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_a_run_and_its_readers_at_once_with_one_line(number, image_folder, tmp_path):
     output = tmp_path / "run"
@@ -188,6 +196,7 @@ def test_signal_ends_a_run_and_its_readers_at_once_with_one_line(number, image_f
     until(lambda: not alive(readers), 3)
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_launcher_is_lost(image_folder, tmp_path):
     output = tmp_path / "run"
     settings = ["--dataset", image_folder, *QUICK, "--epochs", 500, "--output", output]
@@ -215,6 +224,7 @@ sys.exit(main([*sys.argv[1:], "--epochs", "0" if os.environ["RANK"] == "1" else 
 """
 
 
+@pytest.mark.slow
 def test_error_of_a_later_process_is_said_and_ends_the_first_which_waits_for_it(image_folder, tmp_path):
     (tmp_path / "each.py").write_text(EACH)
     settings = ["--dataset", image_folder, *QUICK, "--output", tmp_path / "run"]
@@ -231,6 +241,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line(image_folder, tmp_path):
     """A limit on the size of files stands in for a full disk: weights do not fit, text does."""
     settings = ["--dataset", image_folder, "--layout", "5-3-2", "--batch-size", 16, "--output", tmp_path / "run"]
@@ -288,6 +299,7 @@ def test_import_is_light_and_offline():
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["search.py", "train.py"])
 def test_killed_and_resumed_equals_uninterrupted(script, image_folder, tmp_path):
     settings = ["--dataset", image_folder, "--epochs", 6, "--batch-size", 16, "--mixed-precision", "no"]

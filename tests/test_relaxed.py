@@ -267,6 +267,7 @@ sys.exit(search.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same(image_folder, tmp_path):
     (tmp_path / "each.py").write_text(EACH)
     settings = ["--dataset", image_folder, *QUICK, "--strategy", "darts", "--sharing", "random", "--output", "run"]

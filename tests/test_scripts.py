@@ -107,6 +107,7 @@ def test_evaluating_in_between_changes_nothing(searched, image_folder, tmp_path)
     assert "accuracy" not in rows[1], "search.json has that of the last epoch"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native_precision(torch.device("cpu")) == "no", reason="bf16 is emulated here, and slow")
 def test_bf16_ranks_a_trained_supernet_as_float32_does(tmp_path):
     search("digits", tmp_path / "run", "--batch-size", 64, "--epochs", 4, "--mixture-size", 1)

@@ -24,11 +24,21 @@ OTHER_LAYOUTS = {
     "bmsn_relaid": ["1-2-4-1"],
 }
 CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS for v in OTHER_LAYOUTS[name]]
-each_case = pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda v: str(v or "default"))
-# exporting is slow
-EXPORTED = [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet18", "1-1-2-5"), ("bmsn_relaid", "1-2-4-1")]
-SMALL = [name for name in NAMES if name not in ("bmsn_resnet18", "bmsn_resnet50", "bmsn_relaid")]
-each_export = pytest.mark.parametrize(("name", "layout"), [(n, None) for n in SMALL] + EXPORTED)
+EXPORTED = [(name, None) for name in NAMES if name not in ("bmsn_resnet18", "bmsn_resnet50", "bmsn_relaid")]
+EXPORTED += [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet18", "1-1-2-5"), ("bmsn_relaid", "1-2-4-1")]
+# of every kind of network one; the others are of the same classes
+FAST = [("bmsn_resnet20", None), ("bmsn_resnet20_cifar10", None), ("bmsn_resnet18", None), ("bmsn_relaid", "1-2-4-1")]
+FAST += [("bmsn_resnet20", layout) for layout in OTHER_LAYOUTS["bmsn_resnet20"]]
+
+
+def each(cases, fast):
+    """A test for each of some cases; those that are not fast are for CI."""
+    values = [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize(("name", "layout"), values, ids=lambda value: str(value or "default"))
+
+
+each_case = each(CASES, FAST)
+each_export = each(EXPORTED, [("bmsn_resnet20", None), ("bmsn_relaid", "1-2-4-1")])  # exporting takes seconds
 FEATURE_CLASSES = [None, "getter", "hook", "dict", "fx"]
 
 

@@ -186,6 +186,7 @@ def test_a_plan_ends_in_a_search_that_training_takes(brute, capsys):
     assert "9 layouts, ranked by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker(brute, closed, tmp_path):
     """A real scheduler and two workers, of which one is killed in the middle."""
@@ -222,6 +223,7 @@ def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker
     assert sum(len(result.segments) for result in results.values()) <= 7, "one more run, of the trial that was lost"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_workers_of_this_machine_find_the_same_and_one_that_is_killed_costs_a_run(brute, closed, tmp_path):
     settings = {**SearchResult.read(brute / "search.json").settings, "dataset": str(closed), "threads": 1}
