@@ -39,9 +39,15 @@ def test_every_flag_exists():
         known |= set(build_parser(config_class, "")._option_string_actions)
     for command in ("compare", "evaluate", "report", "predict"):
         known |= set(parser_of(command)._option_string_actions)
-    launchers = {"--num_processes", "--standalone", "--nproc-per-node", "--model"}
+    others = {
+        "--num_processes",
+        "--standalone",
+        "--nproc-per-node",
+        "--model",
+        "--logdir",
+    }  # of launchers, timm, tensorboard
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
-    assert mentioned - known - launchers == set()
+    assert mentioned - known - others == set()
 
 
 def test_every_file_exists():
@@ -61,7 +67,10 @@ def test_python_snippets_run(tmp_path, monkeypatch):
 def test_the_two_set_up_commands_are_those_of_ci():
     """CI runs what the README promises."""
     ci = (ROOT / ".ci" / "run").read_text()
-    for command in ("pip install -e . && accelerate launch search.py", "pip install -e '.[test]' && pytest -n 2"):
+    for command in (
+        "pip install -e . && accelerate launch search.py",
+        "pip install -e '.[test]' && pytest -n 2 -m \"not slow\"",
+    ):
         assert command in README
         assert command.replace("pip install", "pip install --quiet") in ci
 
@@ -101,6 +110,7 @@ def test_every_number_comes_from_a_record():
     assert re.findall(r"\d+\.\d+", text) == []
 
 
+@pytest.mark.slow
 def test_timms_scripts_know_our_models(tmp_path):
     """By the one line that the README gives, which starts a script of timm's from its folder."""
     (command,) = re.findall(r"^python -c .*$", README, re.M)
