@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import InputError, first_line
-from .launch import rank
+from .launch import rank, several_hosts
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
 _FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
@@ -63,6 +63,11 @@ def run_command(run: Callable[[], object]) -> int:
         if who:
             time.sleep(_FIRST_SPEAKS)
         sys.stderr.write(f"error: {who}{message}\n")
+        if several_hosts():
+            with contextlib.suppress(Exception):  # that we end is what others need to know
+                from .runtime import meet
+
+                meet(None)
         return 2
 
 

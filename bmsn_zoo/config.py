@@ -336,6 +336,12 @@ def _options(values: Sequence[Any]) -> str:
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], word: str = "now") -> str:
+    """What differs between two sets of settings, in words; empty if nothing does."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {brief(before.get(name))} ({word} {brief(now.get(name))})" for name in names)
+
+
 def shipped_folder(name: str) -> Path:
     """Where data that we ship lies (recipes, hub_configs): in the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / name

@@ -45,6 +45,11 @@ def rank() -> int:
     return _number(_RANK, 0) if launched_processes() > 1 else 0
 
 
+def several_hosts() -> bool:
+    """Whether they run on more than one host, each of which has a launcher of its own."""
+    return launched_processes() > _number(("LOCAL_WORLD_SIZE",), launched_processes())
+
+
 def check_launch(environment: Mapping[str, str], searching: bool) -> None:
     """Refuse what a launcher asks for that would be ignored, change the numbers unseen, or makes no sense.
 

@@ -98,6 +98,11 @@ class OneShotSearch(SearchBase):
         super().__init__(config, folder, accelerator)
         self.device, config = accelerator.device, self.config
         self.role = Role.of(config, accelerator)
+        if config.parallel == "mixture" and not folder.shared:
+            raise InputError(
+                f"parallel mixture: every host saves the supernets that it trains, but not all see {folder.path}: "
+                "give an --output on a shared disk, or --parallel data"
+            )
         if config.confirm:  # in which all processes train together
             check_batch_size(config.batch_size, accelerator.num_processes)
         self.weight_split, self.score_split = map(self.data.images.near(self.device).select, self.halves)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from pydantic import Field
 from safetensors import safe_open
@@ -22,14 +22,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .command import follow, followed
-from .config import ConfigT, DataConfig, build_config
-from .errors import InputError, brief, first_line
+from .config import ConfigT, DataConfig, build_config, changed_settings
+from .errors import InputError, first_line
 from .files import one_line, read_json, read_yaml, sha256, write_bytes, write_json, write_text
+from .launch import rank, several_hosts
 from .results import Record, Segment, Settings
 from .trackers import Curves
 
 _log = logging.getLogger(__name__)
 RUNS = Path("runs")
+_COPY = "copy the first host's {} there, or use a shared disk"
 _KEPT = 2  # whole checkpoints: the newer one may turn out to be damaged
 
 
@@ -69,18 +71,14 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
             raise InputError("its config.yaml is of another kind or version")
         config = build_config(config_class, saved)
     except InputError as error:
-        raise InputError(f"output {output} holds no {kind} to resume: {error}") from None
-    if edited := _changed(state.settings, config.settings()):
+        hint = f": {_COPY.format(output)}" if rank() and several_hosts() else ""
+        raise InputError(f"output {output} holds no {kind} to resume: {error}{hint}") from None
+    if edited := changed_settings(state.settings, config.settings()):
         raise InputError(f"output {output}: config.yaml was edited since the run began, {edited}: put that back")
     asked = build_config(config_class, {**saved, **given})
-    if changed := _changed(config.settings(), asked.settings()):
+    if changed := changed_settings(config.settings(), asked.settings()):
         raise InputError(f"output {output} was run with {changed}: resume it with the same settings")
     return asked
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} {brief(before.get(name))} (now {brief(now.get(name))})" for name in names)
 
 
 def _kind(config_class: type) -> str:
@@ -127,16 +125,24 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
                 folder = stack.enter_context(_take(kind, output, resume))
             except InputError as mistake:
                 error = mistake
-        told = [(folder and str(folder.path), folder and folder.epoch, error is not None)]
-        path, epoch, refused = broadcast_object_list(told)[0]
+        told = [(folder and (folder.path, folder.epoch, folder.marks()), error is not None)]
+        known, refused = broadcast_object_list(told)[0]
         if error is not None:
             raise error
         if refused:
-            raise SystemExit(2)  # the main process says why
+            raise InputError("the first process was refused: it says why")
+        path, epoch, (lock, checkpoint) = known
         if folder is None:
-            folder = RunFolder(Path(path), main=False)
+            folder = RunFolder(path, main=False)
             folder.epoch = epoch
         stack.callback(folder.end)
+        own_lock, own_checkpoint = folder.marks()
+        seen = gather_object([(own_lock == lock, own_checkpoint == checkpoint)])
+        folder.shared = all(same for same, _ in seen)
+        if not all(same for _, same in seen):
+            raise InputError(
+                f"not every host has the checkpoint-{epoch} that the first resumes from: {_COPY.format(path)}"
+            )
         yield folder
         follow(outer)  # not after an error, which says how to go on
 
@@ -196,13 +202,22 @@ class RunFolder:
     Attributes:
         state: what the folder says of its run; None if it has not begun.
         epoch: epochs that the checkpoint to continue from has seen; 0 if there is none.
+        shared: whether every process sees what the first one writes.
     """
 
     def __init__(self, path: Path, main: bool = True) -> None:
-        self.path, self.main, self.epoch = path, main, 0
+        self.path, self.main, self.epoch, self.shared = path, main, 0, True
         self._curves: Curves | None = None
         record = path / "run.json"
         self.state = RunState.read(record) if record.exists() else None
+
+    def marks(self) -> tuple[tuple[int, ...], bytes]:
+        """What tells this folder from one on another disk, and the checkpoint to continue from from another."""
+        lock, record = self.path / ".lock", self.checkpoint(self.epoch) / "complete.json"
+        seen: tuple[int, ...] = ()
+        with suppress(OSError), lock.open() as file:  # opened, network disks look again
+            seen = (status := os.fstat(file.fileno())).st_ino, status.st_mtime_ns
+        return seen, record.read_bytes() if self.epoch and record.exists() else b""
 
     def find_checkpoint(self, kind: str) -> None:
         """Set `epoch` to that of the last checkpoint whose files are what they were when it was written.
@@ -248,10 +263,16 @@ class RunFolder:
             InputError: if the run began with other settings or other data, or its tracker does not start.
         """
         identity, segments = json.loads(json.dumps(identity)), self.segments
+        told = gather_object([identity])
+        for number, other in enumerate(told):
+            if changed := changed_settings(told[0], other, "there"):
+                raise InputError(f"process {number} has other images, {changed}: give all hosts the same data set")
         if self.state:
-            changed = _changed(self.state.settings, config.settings()) or _changed(self.state.identity, identity)
-            if changed:
-                raise InputError(f"output {self.path} began with other settings or data, {changed}: start a new run")
+            for before, now in ((self.state.settings, config.settings()), (self.state.identity, identity)):
+                if changed := changed_settings(before, now):
+                    raise InputError(
+                        f"output {self.path} began with other settings or data, {changed}: start a new run"
+                    )
         if not self.main:
             return
         new = Segment(**segment, epoch=self.epoch, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, parse_flag_from_env, tqdm
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env, tqdm
 
 from . import __version__
-from .config import DataConfig, SearchConfig
+from .config import DataConfig, SearchConfig, changed_settings
 from .errors import InputError, first_line
-from .launch import PROCESS_VARIABLES, check_launch, launched_processes
+from .launch import PROCESS_VARIABLES, check_launch, launched_processes, several_hosts
 from .trackers import check_tracker
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
 
 
 def _join(config: DataConfig, processes: int, default_precision: str | None) -> Accelerator:
+    meet(config.settings())
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if processes != state.num_processes:
         raise InputError(
@@ -118,6 +119,26 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
         log_with=config.report_to,
         project_dir=".",  # trackers want to hear of one before there is a run folder
     )
+
+
+def meet(settings: dict[str, Any] | None) -> None:
+    """Once, agree with the processes on other hosts, whose launchers end nobody for a mistake that is made here.
+
+    Args:
+        settings: of this process; None if it was refused.
+
+    Raises:
+        InputError: in all of them, if one was refused, or was given other settings than the first.
+    """
+    if PartialState._shared_state or not several_hosts():
+        return
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    told = gather_object([settings])
+    if None in told:
+        raise InputError(f"process {told.index(None)}, on another host, was refused: it says why")
+    for number, others in enumerate(told):  # the same images may lie elsewhere
+        if differs := changed_settings({**told[0], "dataset": others["dataset"]}, others, "there"):
+            raise InputError(f"process {number} was started with other settings, {differs}: start all hosts alike")
 
 
 def progress_bar(items: Iterable[T], total: int, title: str) -> Any:

@@ -44,6 +44,11 @@ def test_every_flag_exists():
         "--standalone",
         "--nproc-per-node",
         "--model",
+        "--multi_gpu",
+        "--num_machines",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
         "--logdir",
     }  # of launchers, timm, tensorboard
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
