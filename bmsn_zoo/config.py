@@ -293,13 +293,18 @@ def sharing_of(settings: Mapping[str, Any]) -> str:
 
 
 class TrainConfig(DataConfig):
-    """Settings of a training from scratch."""
+    """Settings of a training, from scratch or from trained weights."""
 
     layout: str | None = setting(None, "layout to train, such as 5-3-2")
     from_search: str | None = setting(
         None, "search whose layout to train: its run folder, or USER/REPO[@revision] on the Hub"
     )
     pick: str = setting("best", "layout of that search: best, best_within_default_macs, default, or a layout")
+    init_from: str | None = setting(
+        None,
+        "trained network whose weights to start from: a model of the zoo, the run folder of a training, or "
+        "USER/REPO[@revision] on the Hub; its layout is trained, unless --layout or --from-search says another",
+    )
     epochs: int = setting(30, "passes over the training images", 1)
     batch_size: int = setting(128, "images of one step, over all processes", 2)
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")

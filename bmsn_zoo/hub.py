@@ -50,13 +50,14 @@ _HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?")
 # pull
 
 
-def fetch(name: str, *files: str, token: str | None = None) -> list[Path]:
+def fetch(name: str, *files: str, token: str | None = None, what: str = "finished search") -> list[Path]:
     """Files of a run folder, a model folder or a Hub repository; from the Hub they come into its client's cache.
 
     Args:
         name: a folder, or USER/REPO[@revision] on the Hub.
         files: their names; all come from one commit.
         token: for the Hub; what the user is logged in with if None.
+        what: they are together, for messages.
 
     Raises:
         InputError: if one is missing, or the Hub cannot be read.
@@ -65,7 +66,7 @@ def fetch(name: str, *files: str, token: str | None = None) -> list[Path]:
     if Path(name).is_dir() or not on_hub:
         for file in files:
             if not (Path(name) / file).is_file():
-                raise InputError(f"{name} holds no finished search: {file} is missing")
+                raise InputError(f"{name} holds no {what}: {file} is missing")
         return [Path(name) / file for file in files]
     repo_id, revision = on_hub.groups()
     paths: list[Path] = []
@@ -83,7 +84,7 @@ def fetch(name: str, *files: str, token: str | None = None) -> list[Path]:
                     raise
                 raise failure from None
             except EntryNotFoundError:
-                raise InputError(f"{name} holds no finished search: {file} is missing") from None
+                raise InputError(f"{name} holds no {what}: {file} is missing") from None
             paths.append(Path(found))
             revision = paths[0].parent.name  # the commit
     return paths

@@ -1,4 +1,4 @@
-"""Training of one layout from scratch, to a folder that the Hub and timm take as it is."""
+"""Training of one layout, to a folder that the Hub and timm take as it is."""
 
 import logging
 import shutil
@@ -53,6 +53,7 @@ from .run_folder import (
     save_training_state,
 )
 from .search_space import backbone_of
+from .starts import find_start, start_from
 from .step import Lag, check_finite
 from .usage import parser_of
 
@@ -70,10 +71,10 @@ _INHERITED = [
 
 
 def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
-    """Train one layout from scratch on all training images, then evaluate the test images once; or see `measure`.
+    """Train one layout on all training images, then evaluate the test images once; or see `measure`.
 
     Args:
-        config: see `TrainConfig`; `layout` is what is trained.
+        config: see `TrainConfig`; `layout` is what is trained, from scratch if no start is named.
         output: folder of the run; a new one under runs/ if None.
         resume: continue the run in `output` after its last whole epoch.
 
@@ -109,6 +110,10 @@ class _Training:
             raise InputError("measure holdout makes no model: leave out --onnx")
         if config.onnx:
             require_onnx()
+        if config.init_from and config.pretrained:
+            raise InputError("init-from and pretrained are two starts: give one of them")
+        if config.init_from and not folder.epoch and (start := find_start(config.init_from)).model != config.model:
+            raise InputError(f"init-from {config.init_from} is a {start.model}, not a {config.model}")
 
         self.source = DataSource(config, torch.get_num_threads())
         self.macs = cost.macs(backbone, self.layout, self.source.image_size, config.in_chans)
@@ -130,6 +135,8 @@ class _Training:
 
         torch.manual_seed(config.seed)
         model = create_network(config, self.layout, self.data, config.pretrained)
+        if config.init_from and not folder.epoch:
+            start_from(model, config.init_from, self.data.label_names)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -365,6 +372,10 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
     explicit = {**(load_recipe(recipe, TrainConfig) if recipe else {}), **given}
     if resume:
         return explicit
+    if explicit.get("init_from"):
+        start = find_start(explicit["init_from"])
+        own = {} if explicit.get("from_search") else {"model": start.model, "layout": str(start.layout)}
+        explicit = {**own, "pretrained": False, **explicit, "init_from": start.name}
     if not explicit.get("from_search") and not explicit.get("layout"):
         explicit["from_search"] = str(find_latest_search())
     if not explicit.get("from_search"):

@@ -1,0 +1,73 @@
+"""Trained networks whose weights a training starts from: of the zoo, in a folder, or on the Hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm.models import adapt_input_conv
+
+from .errors import InputError, first_line
+from .files import one_line, read_json
+from .hub import fetch
+from .layout import Layout
+from .model_folder import load_model, model_folder
+from .run_folder import check_weights, load_tensors
+from .search_space import backbone_of
+
+
+class Start(NamedTuple):
+    """A trained network: how to find it again (on the Hub with its commit), its backbone, and where its weights are."""
+
+    name: str
+    model: str
+    layout: Layout
+    label_names: list[str] | None  # of its classes, if they are known
+    weights: Path
+
+
+def find_start(name: str) -> Start:
+    """Find a network to start from.
+
+    Args:
+        name: a model of the zoo, a model folder, the run folder of a training, or USER/REPO[@revision] on the Hub, of
+            ours or of timm's.
+
+    Raises:
+        InputError: if there is none, its files are damaged, or it is of no backbone.
+    """
+    folder = model_folder(name)
+    if (folder / "metrics.json").is_file():
+        load_model(folder)  # checks that its files belong together
+    source = str(folder) if folder.is_dir() else name
+    file, weights = fetch(source, "config.json", "model.safetensors", what="trained model")
+    pinned = name if folder.is_dir() else f"{name.removeprefix('hf-hub:').partition('@')[0]}@{file.parent.name}"
+    with one_line(f"init-from {name}: config.json", "does not describe a model"):
+        config: Any = read_json(file)
+        arguments, names = config.get("model_args") or {}, config.get("label_names")
+        model = str(arguments.get("model", config["architecture"]))
+        layout = backbone_of(model).check(arguments.get("layout") or backbone_of(model).default_layout)
+        return Start(pinned, model, layout, names and list(map(str, names)), weights)
+
+
+def start_from(network: Any, name: str, label_names: Sequence[str]) -> None:
+    """Give a network the weights of a trained one of its backbone, see `find_start`; their layouts may differ.
+
+    Where the classes are not the same in number, names and order, the classifier stays fresh. A stem for other channels
+    is adapted as timm does: colours are summed for gray, gray is shared out over the colours.
+
+    Raises:
+        InputError: if the weights are missing, damaged, or another network's.
+    """
+    start, own, cfg, shown = find_start(name), network.state_dict(), network.pretrained_cfg, f"init-from {name}"
+    weights = load_tensors(start.weights, shown)
+    kept = ("layout_units",) if start.label_names == list(label_names) else ("layout_units", f"{cfg['classifier']}.")
+    weights |= {key: own[key] for key in own if key.startswith(kept)}
+    stem = f"{cfg['first_conv']}.weight"
+    if stem in weights and weights[stem].shape[1:2] != own[stem].shape[1:2]:
+        shared = weights[stem].repeat(1, 3, 1, 1) / 3 if weights[stem].shape[1] == 1 else weights[stem]
+        weights[stem] = adapt_input_conv(network.in_chans, shared)
+    check_weights(weights, own, shown)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{shown} does not fit the network: {first_line(error)}") from None

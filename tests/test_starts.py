@@ -1,0 +1,138 @@
+"""Trainings that start from trained weights: of a run, of the zoo, of the Hub, by us and by timm."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from small_runs import COMMON, run
+from timm.models import save_for_hf
+
+from bmsn_zoo import InputError
+from bmsn_zoo import training as train_module
+from bmsn_zoo.starts import find_start, start_from
+
+STILL = ["--lr", 0, "--weight-decay", 0]
+LEARNT_WITHOUT_RATE = ("running_", "num_batches", "layout_units")
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory):
+    """The run folder of a training of 5-3-2."""
+    folder = tmp_path_factory.mktemp("runs") / "found"
+    assert run(train_module, "--dataset", image_folder, *COMMON, "--layout", "5-3-2", "--output", folder) == 0
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def settings(folder):
+    return json.loads((folder / "metrics.json").read_text())["settings"]
+
+
+def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_folder, tmp_path):
+    base = ["--dataset", image_folder, *COMMON, *STILL, "--init-from", trained]
+    for name, given, layout in (("same", [], "5-3-2"), ("other", ["--layout", "2-3-5"], "2-3-5")):
+        assert run(train_module, *base, *given, "--output", tmp_path / name) == 0
+        assert (settings(tmp_path / name)["layout"], settings(tmp_path / name)["init_from"]) == (layout, str(trained))
+        before, after = weights(trained), weights(tmp_path / name)
+        same = [key for key in before if not any(part in key for part in LEARNT_WITHOUT_RATE)]
+        assert len(same) > 30 and all(torch.equal(before[key], after[key]) for key in same), (
+            "its head too: same classes"
+        )
+    card = (tmp_path / "same" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "started from the weights of `found`" in card and str(trained.parent) not in card
+
+
+def test_resumed_trainings_need_their_start_no_more(trained, image_folder, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(trained / "model", source)
+    base = ["--dataset", image_folder, *COMMON[:2], "--epochs", 2, "--mixed-precision", "no", "--init-from", source]
+    assert run(train_module, *base, "--output", tmp_path / "whole") == 0
+
+    def stop(self, epoch, *rest):
+        if epoch == 1:
+            raise InputError("cut")
+        return describe(self, epoch, *rest)
+
+    describe = train_module._Training._describe_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Training, "_describe_epoch", stop)
+        assert run(train_module, *base, "--output", tmp_path / "cut") != 0
+    shutil.rmtree(source)
+    assert run(train_module, "--output", tmp_path / "cut", "--resume") == 0
+    assert (tmp_path / "cut/model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_hub_repositories_are_pinned(server, trained, image_folder, tmp_path):
+    files = {file.name: file.read_bytes() for file in (trained / "model").iterdir()}
+    server.put("alice/net", files)
+    assert (
+        run(
+            train_module,
+            "--dataset",
+            image_folder,
+            *COMMON,
+            *STILL,
+            "--init-from",
+            "alice/net",
+            "--output",
+            tmp_path / "a",
+        )
+        == 0
+    )
+    assert settings(tmp_path / "a")["init_from"] == f"alice/net@{server.commits('alice/net')[0].sha}"
+    assert torch.equal(weights(tmp_path / "a")["fc.weight"], weights(trained)["fc.weight"])
+    server.put(
+        "alice/pickle",
+        {name: files[name] for name in files if name != "model.safetensors"} | {"pytorch_model.bin": b"x"},
+    )
+    with pytest.raises(InputError, match=r"alice/pickle holds no trained model: model\.safetensors is missing"):
+        find_start("alice/pickle")
+
+
+@pytest.mark.parametrize(("source", "here"), [(3, 1), (1, 3), (3, 3)])
+@torch.no_grad()
+def test_stems_are_adapted_as_timm_does_and_heads_of_other_classes_stay_fresh(source, here, tmp_path):
+    name = "test_resnet"
+    stock = timm.create_model(name, num_classes=4, in_chans=source)
+    save_for_hf(stock, str(tmp_path), safe_serialization=True)
+    network = timm.create_model("bmsn_relaid", model=name, layout="2-1-1", num_classes=5, in_chans=here)
+    fresh = network.state_dict()["fc.weight"].clone()
+    start_from(network, str(tmp_path), [str(number) for number in range(5)])
+    assert torch.equal(network.state_dict()["fc.weight"], fresh)
+    gray = torch.randn(2, 1, 32, 32)
+    images = {1: gray, 3: gray.repeat(1, 3, 1, 1)}
+    stem, own = stock.conv1, network.conv1
+    assert torch.allclose(own(images[here]), stem(images[source]), atol=1e-5), "gray images look alike to both"
+    with pytest.raises(InputError, match=r"init-from .* does not fit the network"):
+        start_from(timm.create_model("bmsn_resnet18"), str(tmp_path), [])
+
+
+def test_mistakes_are_one_line(trained, image_folder, tmp_path, capfd):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "model", damaged)
+    content = load_file(damaged / "model.safetensors")
+    save_file({**content, "fc.bias": content["fc.bias"] * float("nan")}, damaged / "model.safetensors")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text('{"architecture": ["x"]}')
+    (odd / "model.safetensors").write_bytes(b"")
+    capfd.readouterr()
+    for flags, expected in (
+        (["--init-from", image_folder], "holds no trained model: config.json is missing"),
+        (["--init-from", damaged], "is damaged"),
+        (["--init-from", odd], "has no search space"),
+        (["--init-from", trained, "--model", "bmsn_resnet18"], "is a bmsn_resnet20, not a bmsn_resnet18"),
+        (["--init-from", trained, "--pretrained"], "are two starts"),
+    ):
+        assert run(train_module, "--dataset", image_folder, *COMMON, *flags, "--output", tmp_path / "run") == 2
+        error = capfd.readouterr().err.strip().splitlines()[-1]
+        assert expected in error and "Traceback" not in error
+        assert not (tmp_path / "run").exists()
