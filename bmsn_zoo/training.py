@@ -98,6 +98,10 @@ class _Training:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
         check_batch_size(config.batch_size, accelerator.num_processes, 2 if config.mixup or config.cutmix else 1)
+        if config.init_from and config.pretrained:
+            raise InputError("init-from and pretrained are two starts: give one of them")
+        if config.init_from and not folder.epoch and (start := find_start(config.init_from)).model != config.model:
+            raise InputError(f"init-from {config.init_from} is a {start.model}, not a {config.model}")
         backbone = backbone_of(config.model)
         self.layout = backbone.check(backbone.default_layout if config.layout is None else config.layout)
         self.found = hub.load_search(config.from_search) if config.from_search else None
@@ -110,10 +114,6 @@ class _Training:
             raise InputError("measure holdout makes no model: leave out --onnx")
         if config.onnx:
             require_onnx()
-        if config.init_from and config.pretrained:
-            raise InputError("init-from and pretrained are two starts: give one of them")
-        if config.init_from and not folder.epoch and (start := find_start(config.init_from)).model != config.model:
-            raise InputError(f"init-from {config.init_from} is a {start.model}, not a {config.model}")
 
         self.source = DataSource(config, torch.get_num_threads())
         self.macs = cost.macs(backbone, self.layout, self.source.image_size, config.in_chans)
