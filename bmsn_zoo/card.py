@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from .export import preparation
 from .files import write_text
 from .layout import Layout
+from .ranking import standard_error, ties
 from .results import Entry, SearchResult, Segment, TrainResult
 from .search_space import backbone_of
 
@@ -84,18 +85,6 @@ def search_card(search: SearchResult, name: str) -> str:
 def percent(fraction: float) -> str:
     """An accuracy as people read it."""
     return f"{100 * fraction:.2f} %"
-
-
-def standard_error(accuracy: float, images: int) -> float:
-    """Binomial standard error of an accuracy (both fractions) measured on so many images; never 0."""
-    likely = (accuracy * images + 1) / (images + 2)  # all right of a few images is no certainty
-    return (likely * (1 - likely) / images) ** 0.5
-
-
-def ties(accuracy: float, first: float, images: int) -> bool:
-    """Whether two accuracies (fractions) on so many images are within twice the standard error of their difference."""
-    variance = standard_error(accuracy, images) ** 2 + standard_error(first, images) ** 2
-    return abs(first - accuracy) <= 2 * variance**0.5
 
 
 def ranked_rows(search: SearchResult, top: int) -> Iterator[tuple[int, Entry, str]]:

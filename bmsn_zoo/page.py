@@ -10,10 +10,11 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from .card import standard_error, template_environment
+from .card import template_environment
 from .compare import compare_runs
 from .files import write_text
 from .layout import Layout
+from .ranking import spread, ties
 from .results import Run, SearchResult
 from .search_space import backbone_of
 from .usage import start_of
@@ -103,10 +104,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
         clear = all(right < r - 6.2 * len(text) or r < right - width or abs(bottom - b) > 12 for r, b, text in labels)
         if clear and right - width > 46 and bottom > 20:
             labels.append((right, bottom, entry.layout))
-    # two accuracies on the same n images, as if on others: the wider interval of their difference
     best, default = result.best, result.default
-    error = {entry.layout: standard_error(entry.accuracy, images) for entry in kept}
-    spread = {layout: 1.96 * math.hypot(one, error[best.layout]) for layout, one in error.items()}
     shares = dict(zip(result.layouts, result.assignment_matrix or [], strict=False))
     columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
     epochs = [row.epoch for row in rows]
@@ -123,9 +121,9 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
         "charts": [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows],
         "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
         "front": {entry.layout for entry in result.pareto_front},
-        "ties": {e.layout for e in kept if e != best and best.accuracy - e.accuracy <= spread[e.layout]}
+        "ties": {e.layout for e in kept if e != best and ties(e.accuracy, best.accuracy, images)}
         if result.probability is None else set(),
-        "gain": None if default is None else (best.accuracy - default.accuracy, spread[default.layout]),
+        "gain": default and (best.accuracy - default.accuracy, spread(default.accuracy, best.accuracy, images)),
         "stairs": {e.layout: stairs(e.layout, result.model, result.dataset.image_size)
                    for e in (*result.pareto_front[:60], *([default] if default else []))},
         "commands": [f"{train} --from-search {quoted} --pick {pick}" for pick in picks]

@@ -1,7 +1,7 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import comb, hypot, sqrt
 from statistics import NormalDist
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .results import Entry, Ranking, rank
 from .search_space import SearchSpace
+
+_Z = NormalDist().inv_cdf(0.975)  # of 95 %, two-sided
 
 
 def build_result(
@@ -52,6 +54,25 @@ def build_result(
         accuracy_matrix=accuracy.tolist(),
         probability=None if probability is None else list(probability),
     )
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error of an accuracy (both fractions) measured on so many images; never 0."""
+    likely = (accuracy * images + 1) / (images + 2)  # all right of a few images is no certainty
+    return (likely * (1 - likely) / images) ** 0.5
+
+
+def spread(accuracy: float, first: float, images: int) -> float:
+    """Half the 95 % interval of the difference of two accuracies (fractions), each on so many images.
+
+    As if on other images for each, which is the wider interval.
+    """
+    return _Z * hypot(standard_error(accuracy, images), standard_error(first, images))
+
+
+def ties(accuracy: float, first: float, images: int) -> bool:
+    """Whether two accuracies (fractions) on so many images are no further apart than their `spread`."""
+    return abs(first - accuracy) <= spread(accuracy, first, images)
 
 
 def why_undecided(found: Ranking, chance: float, images: int) -> str | None:

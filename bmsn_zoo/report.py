@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .card import percent, ranked_rows, standard_error, ties
+from .card import percent, ranked_rows
 from .command import run_command
 from .errors import InputError
 from .files import read_text
+from .ranking import standard_error, ties
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault
 from .usage import parser_of, start_of
 

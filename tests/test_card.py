@@ -13,11 +13,12 @@ from PIL import Image
 from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import Layout
-from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, standard_error, write_card
+from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, write_card
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
 from bmsn_zoo.model_folder import load_model, save_model
+from bmsn_zoo.ranking import standard_error
 from bmsn_zoo.report import search_table
 from bmsn_zoo.results import SearchResult, TrainResult
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bmsn_zoo import InputError, SearchSpace
-from bmsn_zoo.ranking import build_result, why_undecided
+from bmsn_zoo.ranking import build_result, ties, why_undecided
 from bmsn_zoo.results import Entry, Ranking, pareto_front
 
 SPACE = SearchSpace("bmsn_resnet20")
@@ -92,6 +92,11 @@ def test_pareto_front(seed):
     for good in front:  # and nobody is better than one on the front
         rivals = [entry for entry in entries if entry.accuracy >= good.accuracy and entry.macs <= good.macs]
         assert all(rival == good for rival in rivals)
+
+
+def test_equals_tie_in_nineteen_of_twenty_pairs():
+    pairs = torch.distributions.Binomial(1000, torch.full((2000, 2), 0.7, dtype=torch.float64)).sample() / 1000
+    assert sum(ties(one, other, 1000) for one, other in pairs.tolist()) / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 def undecided(accuracy, chance, images):

@@ -12,6 +12,8 @@ import pytest
 from small_runs import run
 
 from bmsn_zoo import report
+from bmsn_zoo.ranking import ties
+from bmsn_zoo.report import search_table
 from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -109,6 +111,9 @@ def test_the_page_tells_what_was_found(runs, tmp_path):
     result, page = SearchResult.read(runs.search / "search.json"), Page((tmp_path / "page.html").read_text())
     assert f"{result.best.layout} is ranked first" in page.text
     assert "a tie" in page.text or result.best == result.default, "32 images show nothing"
+    tied = [entry for entry in result.ranking[1:] if ties(entry.accuracy, result.best.accuracy, 32)]
+    assert f"{len(tied)} other layouts cannot be told from the first" in page.text
+    assert search_table(result, 36).partition("Pareto")[0].count("tie with the first") == len(tied), "by one rule"
     labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
     for entry in result.pareto_front:
         assert any(label.startswith(f"layout {entry.layout}: side 16, ") for label in labels)
