@@ -160,6 +160,14 @@ class SearchConfig(DataConfig):
     max_activations: str | None = setting(
         None, "the same of what all convolutions put out, which memory and time follow: a number, default, or 0.8x"
     )
+    max_latency: float | None = setting(
+        None,
+        "search only layouts that classify one image within so many milliseconds on this device, measured first",
+        0,
+    )
+    latency: bool = setting(
+        True, "measure how long the layouts take on this device, for the result: some seconds", environment=True
+    )
     strategy: str = setting(
         "balanced",
         "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea; "

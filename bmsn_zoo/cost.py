@@ -1,6 +1,8 @@
-"""What a layout costs: a sum of rows, each counted once per (unit, size of its input, downsampling)."""
+"""What a layout costs: a sum of rows, each counted or timed once per (unit, size of its input, downsampling)."""
 
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ from .layout import Layout
 
 if TYPE_CHECKING:
     from .search_space import Backbone, SearchSpace
+
+Row = tuple[int, int, bool]  # a unit, the downsamplings before it, whether it is one; the head comes as one more unit
+_ROUNDS, _LEAST = 50, 3  # of a measurement, at most and at least
 
 
 def macs(backbone: "Backbone", layout: Layout, image_size: int, in_chans: int = 3) -> int:
@@ -94,3 +99,83 @@ def _network(backbone: "Backbone", in_chans: int) -> tuple[Any, list[int]]:
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             module.register_forward_hook(lambda *call: outputs.append(call[2].numel()))
     return network, outputs
+
+
+# latency
+
+
+def rows_of(layout: Layout) -> list[Row]:
+    """The rows whose latencies are a layout's: those of its units, and that of the head."""
+    rows, scale = list[Row](), 0
+    for unit, flag in enumerate(layout.flags):
+        rows.append((unit, scale, bool(flag)))
+        scale += flag
+    return [*rows, (layout.num_units, scale, False)]
+
+
+def deployable(backbone: "Backbone", num_classes: int, in_chans: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network that runs as a trained one does, and still unit by unit: batch norms use statistics that they hold."""
+    with torch.random.fork_rng(devices=[]):
+        network = backbone.create(num_classes=num_classes, in_chans=in_chans)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats, norm.affine = True, True
+            norm.running_mean, norm.running_var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
+            norm.weight, norm.bias = nn.Parameter(torch.ones(norm.num_features)), nn.Parameter(norm.running_mean + 0)
+    return network.eval().to(device, dtype, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def time_units(
+    network: Any, layouts: Iterable[Layout], sample: Sequence[Layout], images: torch.Tensor, seconds: float = 1.5
+) -> tuple[dict[Row, list[float]], dict[Layout, list[float]]]:
+    """Time all units as any of some layouts uses them, and some networks from end to end.
+
+    All are timed in turn, in rounds, so that a clock that slows down meets all alike; rounds are as many as the time
+    allows, 3 at least and 50 at most, after others that warm up for a third of it, at least one.
+
+    Args:
+        network: see `deployable`.
+        layouts: whose units are timed.
+        sample: those to time from end to end.
+        images: one batch, (B, C, H, W), on the network's device.
+        seconds: that the rounds should take.
+
+    Returns:
+        seconds of every row of `rows_of`, and of every layout of the sample, round by round.
+    """
+    homes: dict[Row, Layout] = {row: layout for layout in layouts for row in rows_of(layout)}
+    rows, whole = defaultdict[Row, list[float]](list), defaultdict[Layout, list[float]](list)
+
+    def timed(layout: Layout, run: Callable[..., torch.Tensor], *inputs: Any) -> tuple[torch.Tensor, float]:
+        network.set_layout(layout)  # before the clock starts: a unit that changes costs time of the host
+        begun = time.perf_counter()
+        output = run(*inputs)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
+        return output, time.perf_counter() - begun
+
+    def run_round() -> None:
+        maps = {0: images}  # what the next unit gets at each resolution
+        for unit in sorted({row[0] for row in homes}):
+            made: dict[int, torch.Tensor] = {}
+            for row, layout in homes.items():
+                if row[0] == unit:
+                    _, scale, downsamples = row
+                    head = unit == layout.num_units
+                    run = network.forward_head if head else network.forward_unit
+                    more = () if head else (unit, downsamples)
+                    made[scale + downsamples], took = timed(layout, run, maps[scale], *more)
+                    rows[row].append(took)
+            maps = made
+        for layout in sample:
+            whole[layout].append(timed(layout, network, images)[1])
+
+    for limit, least in ((seconds / 3, 1), (seconds, _LEAST)):
+        rows.clear()
+        whole.clear()
+        done, begun = 0, time.monotonic()
+        while done < least or (done < _ROUNDS and time.monotonic() < begun + limit):
+            run_round()
+            done += 1
+    return rows, whole

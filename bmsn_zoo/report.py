@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -13,7 +13,7 @@ from .command import run_command
 from .errors import InputError
 from .files import read_text
 from .ranking import standard_error, ties
-from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault
+from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
 from .usage import parser_of, start_of
 
 if TYPE_CHECKING:
@@ -145,27 +145,43 @@ def draw_assignment(result: SearchResult) -> "Figure":
 
 
 def draw_accuracy_macs(result: SearchResult) -> "Figure":
-    """All layouts of a search by cost and accuracy, with the Pareto front, the default and the best within its cost."""
-    figure = _figure(7, 4.6)
-    axes = figure.add_subplot()
+    """All layouts of a search by cost and accuracy, with the Pareto front, the default and the best within its cost.
 
+    The cost is multiply-accumulates, and, where it was measured, beside it the latency.
+    """
+    prices: dict[str, Callable[[Entry], float]] = {
+        "multiply-accumulates for one image, millions": lambda e: e.macs / 1e6
+    }
+    if result.latency:
+        single = result.latency.single
+        prices[f"milliseconds for one image ({result.latency.where})"] = lambda e: single.of(e.layout)
+    figure = _figure(7 if len(prices) == 1 else 12, 4.6)
+    for axes, (label, price) in zip(figure.subplots(1, len(prices), squeeze=False)[0], prices.items(), strict=True):
+        _draw_accuracy_against(axes, result, label, price)
+    alone = "trained alone" if "trials" in result.details else f"best of {result.mixture_size} supernets"
+    verdict = f"\n{result.confirmed.verdict}" if result.confirmed else ""
+    figure.suptitle(f"{_subject(result)}: {len(result.layouts)} layouts, {alone}{verdict}", fontsize=10)
+    return figure
+
+
+def _draw_accuracy_against(axes: Any, result: SearchResult, label: str, price: Callable[[Entry], float]) -> None:
     def points(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
-        return [entry.macs / 1e6 for entry in entries], [100 * entry.accuracy for entry in entries]
+        return [price(entry) for entry in entries], [100 * entry.accuracy for entry in entries]
 
-    front, default = result.pareto_front, result.default
+    front, default = pareto_front(result.ranking, price), result.default
     axes.scatter(*points(result.ranking), s=18, color=_QUIET, label="layouts", zorder=2)
     axes.plot(*points(front), color=_HIGHLIGHT, marker="o", markersize=4, label="Pareto front", zorder=3)
     if default:
         axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
-        axes.axvline(default.macs / 1e6, color="black", linewidth=0.8, linestyle="--", label="its cost", zorder=1)
-    if within := result.best_within_default_macs:
+        axes.axvline(price(default), color="black", linewidth=0.8, linestyle="--", label="its cost", zorder=1)
+        within = next(entry for entry in result.ranking if price(entry) <= price(default))
         ring: dict[str, Any] = dict(facecolors="none", edgecolors="#1d4ed8", linewidths=1.5)
         axes.scatter(*points([within]), s=130, label="best within it", zorder=5, **ring)
     axes.set_xscale("log")
     axes.set_xlim(left=axes.get_xlim()[0] * 0.85)  # room for the labels, which stand where no point is
     spots: list[Any] = []
     for entry in reversed(front):
-        at = (entry.macs / 1e6, 100 * entry.accuracy)
+        at = (price(entry), 100 * entry.accuracy)
         spot = axes.transAxes.inverted().transform(axes.transData.transform(at))
         if all(abs(spot[0] - x) > 0.11 or abs(spot[1] - y) > 0.035 for x, y in spots):
             spots.append(spot)
@@ -173,14 +189,10 @@ def draw_accuracy_macs(result: SearchResult) -> "Figure":
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
-    axes.set_xlabel("multiply-accumulates for one image, millions")
+    axes.set_xlabel(label)
     axes.set_ylabel("score-split accuracy in the search, %")
-    alone = "trained alone" if "trials" in result.details else f"best of {result.mixture_size} supernets"
-    verdict = f"\n{result.confirmed.verdict}" if result.confirmed else ""
-    axes.set_title(f"{_subject(result)}: {len(result.layouts)} layouts, {alone}{verdict}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    return figure
 
 
 def draw_training(folder: Path) -> None:
@@ -221,23 +233,25 @@ def draw_confusion(confusion: Any, classes: Sequence[str], path: Path) -> None:
 def search_table(result: SearchResult, top: int = 5) -> str:
     """The best layouts, the default one and the Pareto front as a text table; every layout once in each part."""
 
-    images, first = result.dataset.score_images, result.best.accuracy
+    images, first, latency = result.dataset.score_images, result.best.accuracy, result.latency
 
     def row(place: int, entry: Entry, note: str = "") -> str:
-        macs, error = f"{entry.macs / 1e6:.1f}", standard_error(entry.accuracy, images)
-        if entry.layout != result.best.layout and ties(entry.accuracy, first, images) and not result.probability:
-            note = f"{note}, tie with the first" if note else "tie with the first"
-        accuracy = f"{percent(entry.accuracy):>8} ± {100 * error:.2f}"
-        return f"{place:>5}  {entry.layout:<14}  {accuracy:>15}  {macs:>8}  {note}".rstrip()
+        tied = entry.layout != result.best.layout and ties(entry.accuracy, first, images) and not result.probability
+        accuracy = f"{percent(entry.accuracy):>8} ± {100 * standard_error(entry.accuracy, images):.2f}"
+        took = f"  {latency.single.of(entry.layout):>7.2f}" if latency else ""
+        note = ("~ " * tied + note.replace("best within the default's MACs", "best within its MACs")).strip()
+        return f"{place:>5}  {entry.layout:<12}  {accuracy:>15}  {entry.macs / 1e6:>8.1f}{took}  {note}".rstrip()
 
-    return "\n".join(
-        [
-            f"{'rank':>5}  {'layout':<14}  {'accuracy':>15}  {'MACs (M)':>8}",
-            *(row(*found) for found in ranked_rows(result, top)),
-            "Pareto front, cheapest first:",
-            *(row(result.place(entry.layout), entry) for entry in result.pareto_front),
-        ]
-    )
+    rows = [
+        f"{'rank':>5}  {'layout':<12}  {'accuracy':>15}  {'MACs (M)':>8}" + (f"  {'ms':>7}" if latency else ""),
+        *(row(*found) for found in ranked_rows(result, top)),
+        "Pareto front, cheapest first:",
+        *(row(result.place(entry.layout), entry) for entry in result.pareto_front),
+    ]
+    rows += ["~ a tie with the first"] * any("  ~" in each for each in rows)
+    if latency:
+        rows.append(f"ms: one image here ({latency.where}); whole networks {latency.single.off} their sums of units")
+    return "\n".join(rows)
 
 
 def print_search(folder: Path) -> None:
@@ -276,6 +290,8 @@ def _evidence(result: SearchResult, pick: str) -> str:
     cost = f"{entry.macs / 1e6:.1f} M MACs"
     if result.default:
         cost += f", {entry.macs / result.default.macs:.2f} x the default's"
+    if result.latency:
+        cost += f", {result.latency.single.of(entry.layout):.2f} ms"
     known = f"{percent(entry.accuracy)} in the search, not confirmed"
     for choice in result.confirmed.choices if result.confirmed else ():
         if choice.layout == entry.layout:

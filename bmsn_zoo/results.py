@@ -1,13 +1,16 @@
 """What searches and trainings find, as their files hold it: typed, checked when read, written whole."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from statistics import quantiles
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
 from typing_extensions import TypeAliasType
 
+from . import cost
 from .config import DataConfig, SearchConfig, TrainConfig, build_config
 from .errors import InputError
 from .files import read_bytes, write_json
@@ -102,6 +105,114 @@ class Entry(Record):
     supernet: Count
 
 
+Quartiles = tuple[
+    Positive, Positive, Positive
+]  # milliseconds that a quarter, half, three quarters of rounds stay below
+
+
+class UnitLatency(Record):
+    """Latency of a unit of a network.
+
+    Attributes:
+        unit: from 0 on; the head comes as one more.
+        scale: downsamplings before it.
+        downsamples: whether it is one.
+    """
+
+    unit: Count
+    scale: Count
+    downsamples: bool
+    milliseconds: Quartiles
+
+
+class CheckedLatency(Record):
+    """Latency of a whole network, from end to end."""
+
+    layout: LayoutText
+    milliseconds: Quartiles
+
+
+class Latencies(Record):
+    """Latencies of units with one batch size, whose sums are the layouts'.
+
+    Attributes:
+        rounds: in each of which all were timed.
+        checked: some networks timed from end to end.
+        deviation: how much longer these took than their sums, a fraction: the least and the most.
+    """
+
+    batch_size: Annotated[int, Field(ge=1, lt=2**31)]
+    rounds: Count
+    units: Annotated[list[UnitLatency], FailFast()]
+    checked: Annotated[list[CheckedLatency], FailFast()]
+    deviation: tuple[float, float]
+
+    @classmethod
+    def of_times(cls, batch_size: int, rows: Mapping[cost.Row, Any], whole: Mapping[Layout, Any]) -> "Latencies":
+        """What `cost.time_units` measured."""
+
+        def milliseconds(seconds: Sequence[float]) -> Quartiles:
+            low, median, high = quantiles([1000 * one for one in seconds], n=4, method="inclusive")
+            return low, median, high
+
+        units = [
+            UnitLatency(unit=unit, scale=scale, downsamples=downsamples, milliseconds=milliseconds(times))
+            for (unit, scale, downsamples), times in rows.items()
+        ]
+        about = dict(batch_size=batch_size, rounds=len(next(iter(rows.values()))), units=units)
+        sums = cls(**about, checked=[], deviation=(0.0, 0.0))
+        checked = [CheckedLatency(layout=str(layout), milliseconds=milliseconds(whole[layout])) for layout in whole]
+        off = [each.milliseconds[1] / sums.of(each.layout) - 1 for each in checked]
+        return cls(**about, checked=checked, deviation=(min(off), max(off)))
+
+    @property
+    def off(self) -> str:
+        """The deviation in words."""
+        return "{:+.0f} to {:+.0f} % off".format(*(100 * share for share in self.deviation))
+
+    @cached_property
+    def table(self) -> dict[cost.Row, float]:
+        """The median of every row, milliseconds."""
+        return {(each.unit, each.scale, each.downsamples): each.milliseconds[1] for each in self.units}
+
+    def of(self, layout: str | Layout) -> float:
+        """Milliseconds of a layout for one batch: the sum of the medians of its units and its head.
+
+        Raises:
+            InputError: if one was not measured.
+        """
+        try:
+            return sum(self.table[row] for row in cost.rows_of(Layout.parse(layout)))
+        except KeyError as error:
+            raise InputError(f"the latencies lack one of layout {layout}: {error}") from None
+
+
+class LatencyResult(Record):
+    """Latency of a search's layouts, on the device that it ran on.
+
+    Attributes:
+        precision: of weights and maps; memory format is channels last.
+        batches: of one image, and perhaps of more.
+    """
+
+    device: str
+    hardware: str
+    precision: str
+    threads: Count
+    torch: str
+    batches: Annotated[list[Latencies], Field(min_length=1), FailFast()]
+
+    @property
+    def single(self) -> Latencies:
+        """That of one image."""
+        return self.batches[0]
+
+    @property
+    def where(self) -> str:
+        """What it was measured on, in short."""
+        return f"{self.device}, {self.precision}" + f", {self.threads} threads" * (self.device == "cpu")
+
+
 class Segment(Record):
     """An uninterrupted part of a run: what it computed on, and from which epoch on, for how many seconds.
 
@@ -187,10 +298,10 @@ class Run(Record):
     segments: Annotated[list[Segment], Field(min_length=1), FailFast()]
 
 
-def pareto_front(entries: Iterable[Entry]) -> list[Entry]:
-    """Those of the ranked layouts that none beats in both accuracy and multiply-accumulates, cheapest first."""
+def pareto_front(entries: Iterable[Entry], price: Callable[[Entry], float] = lambda e: e.macs) -> list[Entry]:
+    """Those of the ranked layouts that none beats in both accuracy and price, cheapest first."""
     front: list[Entry] = []
-    for entry in sorted(entries, key=lambda e: (e.macs, -e.accuracy)):
+    for entry in sorted(entries, key=lambda e: (price(e), -e.accuracy)):
         if not front or entry.accuracy > front[-1].accuracy:
             front.append(entry)
     return front
@@ -389,6 +500,7 @@ class SearchResult(Ranking, Run):
         norms: those of its supernets.
         details: what else the strategy says of its search.
         confirmed: what its choices showed when they were trained alone; None if they were not.
+        latency: of its layouts, as networks that are deployed; None if it was not measured.
     """
 
     settings: Annotated[Settings, _checked(SearchConfig)]
@@ -401,9 +513,13 @@ class SearchResult(Ranking, Run):
     norms: str | None = None
     details: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = {}
     confirmed: Confirmation | None = None
+    latency: LatencyResult | None = None
 
     @model_validator(mode="after")
-    def _confirms_its_own(self) -> Self:
+    def _is_about_its_own(self) -> Self:
+        for batch in self.latency.batches if self.latency else ():
+            for layout in self.layouts:
+                batch.of(layout)
         if self.confirmed and not {choice.layout for choice in self.confirmed.choices} <= set(self.layouts):
             raise ValueError("it confirms layouts that it does not rank")
         return self

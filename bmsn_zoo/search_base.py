@@ -7,16 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
-from . import report, runtime
+from . import cost, report, runtime
 from .config import SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
+from .evaluate import full_float32
 from .ranking import why_undecided
-from .results import Ranking, SearchDataset, SearchResult
+from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, save_tensors
 from .search_space import SearchSpace
 
 _log = logging.getLogger(__name__)
+_LATENCY = "latency.json"  # in the run folder: what its space was cut by
+_BATCH, _BATCHED_ON_CPU = 64, 2e10  # images; multiply-accumulates of them
 
 
 class SearchBase:
@@ -27,7 +31,10 @@ class SearchBase:
         space: the layouts to search, within what was allowed.
         data: the training images; the test images stay closed.
         halves: rows of the images that train weights, and of those that score layouts.
+        latency: of the layouts, once it is measured.
     """
+
+    latency: LatencyResult | None = None
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
@@ -42,8 +49,12 @@ class SearchBase:
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
-            if len(self.space) < len(space):
-                _log.info("%d of %d layouts cost no more than allowed", len(self.space), len(space))
+        if config.max_latency is not None:
+            self.latency = self._agreed_latency()
+            costs = {layout: self.latency.single.of(layout) for layout in self.space}
+            self.space = self.space.at_most(config.max_latency, costs, f"max-latency {config.max_latency:g}", " ms")
+        if accelerator.is_main_process and len(self.space) < len(space):
+            _log.info("%d of %d layouts cost no more than allowed", len(self.space), len(space))
         self.config = fit_to_images(config, len(self.data.images))
         labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
         self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
@@ -52,6 +63,44 @@ class SearchBase:
         """Write what the run is, when nothing else can be refused."""
         segment = {**runtime.describe(self.accelerator), "command": sys.argv}
         self.folder.begin(self.config, segment, self.source.identity(self.data), self.accelerator)
+        if self.latency and self.accelerator.is_main_process:
+            self.latency.write(self.folder.path / _LATENCY)
+
+    def _agreed_latency(self) -> LatencyResult:
+        """What the first process measures, or what the run that is resumed began with: all cut the same space."""
+        told: list[LatencyResult | None] = [None]
+        if self.accelerator.is_main_process:
+            known = self.folder.path / _LATENCY
+            again = self.folder.epoch or known.exists()
+            told = [LatencyResult.read(known) if again else self.measure_latency()]
+        found = broadcast_object_list(told)[0]
+        assert found
+        return found
+
+    def measure_latency(self) -> LatencyResult:
+        """Latency of all layouts here, unit by unit, and of a sample of whole networks; in this run's precision.
+
+        Of one image, and of 64 where that takes no more than some seconds: on CPUs, if these are up to 2 x 10^10
+        multiply-accumulates with the dearest layout.
+        """
+        device, size, config = self.accelerator.device, self.source.image_size, self.config
+        precision = self.accelerator.mixed_precision
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        classes = len(self.data.label_names)
+        network = cost.deployable(self.space.backbone, classes, config.in_chans, device, dtype)
+        by_cost = sorted(self.space, key=lambda layout: self.space.macs(layout, size, config.in_chans))
+        dearest = self.space.macs(by_cost[-1], size, config.in_chans)
+        sample = list(dict.fromkeys(by_cost[round(part * (len(by_cost) - 1) / 4)] for part in range(5)))
+        batches = [1] if device.type == "cpu" and _BATCH * dearest > _BATCHED_ON_CPU else [1, _BATCH]
+        found = []
+        with full_float32():
+            for batch in batches:
+                images = torch.randn(batch, config.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+                images = images.to(device, dtype, memory_format=torch.channels_last)
+                found.append(Latencies.of_times(batch, *cost.time_units(network, self.space, sample, images)))
+        here = runtime.describe(self.accelerator)
+        about = {key: here[key] for key in ("device", "hardware", "precision", "threads")}
+        return LatencyResult(**about, torch=here["versions"]["torch"], batches=found)
 
     def why_undecided(self, found: Ranking) -> str | None:
         """Why no layout can be called the best, see `ranking.why_undecided`."""
@@ -68,6 +117,8 @@ class SearchBase:
         config, folder = self.config, self.folder
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
+        if config.latency and not self.latency:
+            self.latency = self.measure_latency()
         folder.touch()
         weight, score = map(len, self.halves)
         SearchResult(
@@ -77,6 +128,7 @@ class SearchBase:
             settings=config.settings(),
             seed=config.seed,
             dataset=SearchDataset(**self.source.describe(self.data), weight_images=weight, score_images=score),
+            latency=self.latency,
             **about,
         ).write(folder.path / "search.json")
         report.draw_search(folder.path)

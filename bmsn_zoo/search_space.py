@@ -1,10 +1,10 @@
 """`Backbone`: what a searchable network offers, by a name; `SearchSpace`: layouts of one, in a fixed order."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb
 from typing import Any
 
 from . import cost
@@ -103,7 +103,7 @@ class SearchSpace:
             self.backbone.default_layout if default_layout is None else default_layout
         )
         units, downsamplings = self.backbone.num_units, self.default_layout.num_scales - 1
-        if comb(units - 1, downsamplings) > _MAX_LAYOUTS:
+        if math.comb(units - 1, downsamplings) > _MAX_LAYOUTS:
             raise InputError(f"{downsamplings + 1} scales give over {_MAX_LAYOUTS} layouts: use fewer scales")
         self._hold(
             Layout(tuple(end - start for start, end in zip((0, *cuts), (*cuts, units), strict=True)))
@@ -148,15 +148,24 @@ class SearchSpace:
             limit = float(text.replace("default", "1x").rstrip("x"))
             if text.endswith(("x", "default")):
                 limit *= count(self.backbone, self.default_layout, image_size, in_chans)
-            left = [layout for layout in space if costs[layout] <= limit]
-            if not left:
-                cheapest = min(space, key=lambda layout: costs[layout])
-                raise InputError(
-                    f"max-{what} {text} leaves none of {len(space)} layouts: the cheapest, {cheapest}, costs "
-                    f"{costs[cheapest]}: allow at least that, or use smaller images"
-                )
-            space = space.subset(left)
+            space = space.at_most(limit, costs, f"max-{what} {text}")
         return space
+
+    def at_most(self, limit: float, costs: Mapping[Layout, float], asked: str, unit: str = "") -> "SearchSpace":
+        """The layouts that cost no more than a limit, which messages call as it was asked for.
+
+        Raises:
+            InputError: if none is left.
+        """
+        left = [layout for layout in self if costs[layout] <= limit]
+        if not left:
+            cheapest = min(self, key=lambda layout: costs[layout])
+            least = f"{math.ceil(1000 * costs[cheapest]) / 1000}{unit}" if unit else costs[cheapest]
+            raise InputError(
+                f"{asked} leaves none of {len(self)} layouts: the cheapest, {cheapest}, costs {least}: allow at least "
+                "that, or use smaller images"
+            )
+        return self.subset(left)
 
     def __len__(self) -> int:
         return len(self._layouts)

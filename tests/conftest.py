@@ -18,6 +18,7 @@ def pytest_configure(config):
     from bmsn_zoo.config import SearchConfig
 
     SearchConfig.model_fields["confirm"].default = 0  # searches of tests are confirmed where a test asks for it
+    SearchConfig.model_fields["latency"].default = False  # and so is their latency measured
     SearchConfig.model_rebuild(force=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 30 times slower on a busy machine
 
