@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -10,12 +10,12 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from .card import template_environment
+from .card import percent, template_environment
 from .compare import compare_runs
 from .files import write_text
 from .layout import Layout
 from .ranking import spread, ties
-from .results import Run, SearchResult
+from .results import Entry, Run, SearchResult, pareto_front
 from .search_space import backbone_of
 from .usage import start_of
 
@@ -91,19 +91,44 @@ def stairs(layout: str, model: str, image_size: int) -> dict[str, Any]:
     return {"layout": layout, "steps": steps, "units": len(sides)}
 
 
+def _costs(
+    result: SearchResult, kept: Sequence[Entry], label: str, price: Callable[[Entry], float], most: int
+) -> dict[str, Any]:
+    """A chart of accuracy against a price; `kept` are the layouts that it shows, `most` how many of its front."""
+    front, default = pareto_front(result.ranking, price)[:most], result.default
+    x = Axis.of((price(entry) for entry in (*kept, *front)), 44, 408, log=True)
+    y = Axis.of((100 * entry.accuracy for entry in (*kept, *front)), 258, 12)
+
+    def spot(entry: Entry) -> tuple[float, float, str]:
+        return (
+            x.at(price(entry)),
+            y.at(100 * entry.accuracy),
+            f"{entry.layout}: {price(entry):.4g}, {percent(entry.accuracy)}",
+        )
+
+    labels: list[tuple[float, float, str]] = []  # above the front, where no point is
+    for entry in reversed(front):
+        right, bottom, width = x.at(price(entry)) - 6, y.at(100 * entry.accuracy) - 5, 6.2 * len(entry.layout)
+        clear = all(right < r - 6.2 * len(text) or r < right - width or abs(bottom - b) > 12 for r, b, text in labels)
+        if clear and right - width > 46 and bottom > 20:
+            labels.append((right, bottom, entry.layout))
+    within = next((e for e in result.ranking if default and price(e) <= price(default)), None)
+    marks = [(mark, spot(entry)) for mark, entry in (("within", within), ("default", default)) if entry]
+    return {"label": label, "x": x, "y": y, "labels": labels, "marks": marks, "entries": front,
+            "front": [spot(entry) for entry in front], "points": [spot(e) for e in kept if e not in front]}  # fmt: skip
+
+
 def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) -> dict[str, Any]:
     """What the page shows of a search; `rows` are its epochs, `most` how many layouts."""
     ranking, images = result.ranking[:most], result.dataset.score_images
     kept = list({entry.layout: entry for entry in (*ranking, *result.pareto_front[:most])}.values())
     kept += [entry for entry in (result.default, result.best_within_default_macs) if entry and entry not in kept]
-    x = Axis.of((entry.macs / 1e6 for entry in kept), 44, 408, log=True)
-    y = Axis.of((100 * entry.accuracy for entry in kept), 258, 12)
-    labels: list[tuple[float, float, str]] = []  # above the front, where no point is
-    for entry in reversed(result.pareto_front[:most]):
-        right, bottom, width = x.at(entry.macs / 1e6) - 6, y.at(100 * entry.accuracy) - 5, 6.2 * len(entry.layout)
-        clear = all(right < r - 6.2 * len(text) or r < right - width or abs(bottom - b) > 12 for r, b, text in labels)
-        if clear and right - width > 46 and bottom > 20:
-            labels.append((right, bottom, entry.layout))
+    prices: dict[str, Callable[[Entry], float]]
+    prices = {"multiply-accumulates for one image, millions": lambda e: e.macs / 1e6}
+    if result.latency:
+        single = result.latency.single
+        prices[f"milliseconds for one image ({result.latency.where})"] = lambda e: single.of(e.layout)
+    costs = [_costs(result, kept, label, price, most) for label, price in prices.items()]
     best, default = result.best, result.default
     shares = dict(zip(result.layouts, result.assignment_matrix or [], strict=False))
     columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
@@ -116,8 +141,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     picks = ["best"] if result.confirmed or not result.undecided else []
     picks += ["best_within_default_macs", "default"] if default else []
     return {
-        "kind": "search", "folder": folder, "result": result, "ranking": ranking, "kept": kept, "x": x, "y": y,
-        "labels": labels, "images": images,
+        "kind": "search", "folder": folder, "result": result, "ranking": ranking, "costs": costs, "images": images,
         "charts": [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows],
         "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
         "front": {entry.layout for entry in result.pareto_front},

@@ -250,7 +250,7 @@ def search_table(result: SearchResult, top: int = 5) -> str:
     ]
     rows += ["~ a tie with the first"] * any("  ~" in each for each in rows)
     if latency:
-        rows.append(f"ms: one image here ({latency.where}); whole networks {latency.single.off} their sums of units")
+        rows.append(f"ms: one image, {latency.where}; whole networks {latency.single.off} the sums")
     return "\n".join(rows)
 
 

@@ -105,9 +105,7 @@ class Entry(Record):
     supernet: Count
 
 
-Quartiles = tuple[
-    Positive, Positive, Positive
-]  # milliseconds that a quarter, half, three quarters of rounds stay below
+Quartiles = tuple[Positive, Positive, Positive]  # milliseconds below which these parts of rounds stay
 
 
 class UnitLatency(Record):

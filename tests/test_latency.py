@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from small_runs import COMMON, run
 from test_processes import run as start
 from test_processes import torchrun
 
-from bmsn_zoo import InputError, SearchSpace, cost, search_base
+from bmsn_zoo import InputError, SearchSpace, cost, report, search_base
 from bmsn_zoo import searching as search_module
+from bmsn_zoo.card import search_card
 from bmsn_zoo.one_shot import OneShotSearch
-from bmsn_zoo.results import Latencies, LatencyResult, SearchResult
+from bmsn_zoo.report import search_table
+from bmsn_zoo.results import Latencies, LatencyResult, SearchResult, pareto_front
 from bmsn_zoo.search_base import SearchBase
 
 CPU = torch.device("cpu")
@@ -64,7 +67,7 @@ def test_what_is_timed_is_the_network_that_is_deployed(name):
     for unit, flag in enumerate(space[7].flags):
         x = network.forward_unit(x, unit, bool(flag))
     assert torch.equal(network.forward_head(x), whole)
-    assert not network.training and not any(norm.training for norm in network.modules())
+    assert not any(norm.training for norm in network.modules() if isinstance(norm, torch.nn.BatchNorm2d))
 
 
 def test_a_limit_that_nothing_meets_tells_the_cheapest():
@@ -156,3 +159,22 @@ def test_what_is_too_dear_for_a_cpu_is_measured_with_one_image(image_folder, tmp
     found = SearchResult.read(tmp_path / "run" / "search.json")
     assert [batch.batch_size for batch in found.latency.batches] == [1]
     assert not (tmp_path / "run" / "latency.json").exists(), "no limit depends on it"
+
+
+def test_reports_tell_latencies(limited, tmp_path, capsys):
+    folder = shutil.copytree(limited[0] / "run", tmp_path / "run")
+    assert run(report, folder) == 0
+    found, printed = SearchResult.read(folder / "search.json"), capsys.readouterr().out
+    table = search_table(found)
+    assert table in printed and max(map(len, table.splitlines())) <= 80
+    assert "  MACs (M)       ms" in table and "ms: one image, cpu, fp32, 2 threads; whole networks " in table
+    page, single = (folder / "report.html").read_text(encoding="utf-8"), found.latency.single
+    assert "against milliseconds for one image (cpu, fp32, 2 threads), 18 layouts" in page
+    rows = re.findall(r"<tr><th scope=.row.>([0-9-]+)[^<]*</th><td>([0-9.]+)</td><td>[0-9.]+</td><td>([0-9.]+) %", page)
+    front = pareto_front(found.ranking, lambda entry: single.of(entry.layout))
+    assert [layout for layout, _, _ in rows] == [entry.layout for entry in front]
+    assert [float(took) for _, took, _ in rows] == sorted(round(single.of(entry.layout), 2) for entry in front)
+    assert [float(accuracy) for _, _, accuracy in rows] == sorted(float(accuracy) for _, _, accuracy in rows)
+    card = search_card(found, "me/it")
+    best = f"| {found.best.macs / 1e6:.1f} M | {single.of(found.best.layout):.2f} |"
+    assert best in card and "Milliseconds are those of one image" in card
