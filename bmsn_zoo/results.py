@@ -157,7 +157,7 @@ class Latencies(Record):
             UnitLatency(unit=unit, scale=scale, downsamples=downsamples, milliseconds=milliseconds(times))
             for (unit, scale, downsamples), times in rows.items()
         ]
-        about = dict(batch_size=batch_size, rounds=len(next(iter(rows.values()))), units=units)
+        about: dict[str, Any] = dict(batch_size=batch_size, rounds=len(next(iter(rows.values()))), units=units)
         sums = cls(**about, checked=[], deviation=(0.0, 0.0))
         checked = [CheckedLatency(layout=str(layout), milliseconds=milliseconds(whole[layout])) for layout in whole]
         off = [each.milliseconds[1] / sums.of(each.layout) - 1 for each in checked]

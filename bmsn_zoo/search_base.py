@@ -49,15 +49,15 @@ class SearchBase:
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
+        self.config = fit_to_images(config, len(self.data.images))
+        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
+        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
         if config.max_latency is not None:
             self.latency = self._agreed_latency()
             costs = {layout: self.latency.single.of(layout) for layout in self.space}
             self.space = self.space.at_most(config.max_latency, costs, f"max-latency {config.max_latency:g}", " ms")
         if accelerator.is_main_process and len(self.space) < len(space):
             _log.info("%d of %d layouts cost no more than allowed", len(self.space), len(space))
-        self.config = fit_to_images(config, len(self.data.images))
-        labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
-        self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
 
     def begin_run(self) -> None:
         """Write what the run is, when nothing else can be refused."""

@@ -119,7 +119,7 @@ def test_the_page_tells_what_was_found(runs, tmp_path):
         assert any(label.startswith(f"layout {entry.layout}: side 16, ") for label in labels)
     assert page.text.count("\n4-3-3") <= 1
     for pick in ("best", "best_within_default_macs", "default"):
-        assert f"train --from-search {runs.search} --pick {pick}" in page.text
+        assert f" --from-search {runs.search} --pick {pick}" in page.text
     undecided = tmp_path / "undecided"
     shutil.copytree(runs.search, undecided)
     result.model_copy(update={"undecided": "all are alike"}).write(undecided / "search.json")
