@@ -1,6 +1,7 @@
 """How good a ranking of layouts is, measured against the accuracies that they reach when trained alone.
 
-python -m bmsn_zoo.compare RUN_FOLDER... compares searches; --benchmark plays them on a table of published accuracies.
+python -m bmsn_zoo.compare RUN_FOLDER... compares searches; --benchmark plays them on a table of published accuracies;
+--layouts trains layouts of a search with several seeds.
 """
 
 import csv
@@ -27,6 +28,7 @@ from .files import write_text
 from .layout import Layout
 from .search_space import SearchSpace
 from .trials import PLANS
+from .trials.repeat import retrain
 from .usage import parser_of
 
 Values = Mapping[Layout, float]
@@ -219,10 +221,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         given = parser.parse_args(argv)
-        if bool(given.run) == bool(given.benchmark):
-            raise InputError(f"compare what? Give run folders, or --benchmark {reference.names()[0]}")
-        if given.seeds < 1:
-            raise InputError(f"seeds {given.seeds} is too small: it must be at least 1")
+        if sum(map(bool, (given.run, given.benchmark, given.layouts))) != 1:
+            raise InputError(
+                f"compare what? Give run folders, --benchmark {reference.names()[0]}, or --layouts default,within,best"
+            )
+        for name in ("seeds", "epochs"):
+            if (number := getattr(given, name)) is not None and number < 1:
+                raise InputError(f"{name} {number} is too small: it must be at least 1")
+        own = {name: getattr(given, name) for name in ("epochs", "jobs", "cluster") if getattr(given, name) is not None}
+        if not given.from_search if given.layouts else given.from_search or own:
+            raise InputError(
+                "layouts and from-search go together: give --layouts default,best --from-search RUN_FOLDER"
+            )
+        if given.layouts:
+            if given.output:
+                raise InputError("output is for the table of --benchmark: leave it out")
+            cells, lines = retrain(given.from_search, given.layouts, given.seeds, **own)
+            sys.stdout.write(_text(cells) + "".join(f"{line}\n" for line in lines))
+            return
         if given.run:
             sys.stdout.write(_text(compare_runs(given.run)))
             return

@@ -27,7 +27,7 @@ _ABOUT = {
     "hub": "Push models and searches to the Hugging Face Hub, and add found models to the zoo.",
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
     "predict": "Print the most probable labels of images.",
-    "compare": "Compare finished searches with each other, or play all strategies on a table of published accuracies.",
+    "compare": "Compare finished searches, layouts of one with several seeds, or strategies on published accuracies.",
     "report": "Show runs: tables here, pictures in their folders, and one HTML page of all of them.",
 }
 _EXAMPLES = {
@@ -72,7 +72,16 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             "run", nargs="*", metavar="RUN_FOLDER", help="of a finished search; or USER/REPO on the Hub"
         )
         parser.add_argument("--benchmark", metavar="NAME", help="table to play on, such as cifar10-resnet20")
-        parser.add_argument("--seeds", type=int, default=3, metavar="N", help="plays of each strategy (default: 3)")
+        parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each strategy or layout (default: 3)")
+        parser.add_argument(
+            "--layouts",
+            metavar="NAMES",
+            help="train these alone: default,within,best or layouts; the first is compared",
+        )
+        parser.add_argument("--from-search", type=Path, metavar="RUN_FOLDER", help="search that --layouts are of")
+        parser.add_argument("--epochs", type=int, help="of each of --layouts; those of the confirmation, else 30")
+        parser.add_argument("--jobs", type=int, help="trainings of --layouts side by side")
+        parser.add_argument("--cluster", help="dask cluster that trains --layouts: dask://HOST:PORT")
         parser.add_argument(
             "--output", type=Path, metavar="FILE", help="also write the table as .md, the plays as .csv"
         )

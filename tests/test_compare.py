@@ -4,11 +4,13 @@ import csv
 import math
 
 import pytest
+import torch
 
-from bmsn_zoo import InputError, Layout, SearchSpace, benchmark, compare, reference
+from bmsn_zoo import InputError, Layout, SearchSpace, benchmark, compare, reference, searching
 from bmsn_zoo.compare import expected_best, quality
 from bmsn_zoo.config import SearchConfig, shipped_folder
-from bmsn_zoo.results import SearchResult
+from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrialResult
+from bmsn_zoo.trials import repeat
 
 SPACE = SearchSpace("bmsn_resnet20")
 TABLE = reference.table("cifar10-resnet20")
@@ -184,10 +186,69 @@ def test_searches_are_measured_where_a_table_fits_and_compared_with_each_other(t
     assert other[6:] == ["-"] * 5
 
 
+# layouts of one search
+
+
+def test_layouts_are_trained_again_on_the_halves_of_their_search_and_tested_in_pairs(image_folder, tmp_path, capsys):
+    home, shared = tmp_path / "search", ["--batch-size", "16", "--epochs", "1", "--mixed-precision", "no"]
+    flags = ["--dataset", str(image_folder), *shared, "--strategy", "uniform", "--mixture-size", "1"]
+    assert searching.main([*flags, "--output", str(home)]) == 0
+    capsys.readouterr()
+    asked = ["--layouts", "default, 2-3-5", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--from-search", str(home)]
+    assert compare.main(asked) == 0
+    first = capsys.readouterr().out
+    _, default, other, told, verdict = first.splitlines()
+    assert default.split()[0] == "4-3-3" and other.split()[0] == "2-3-5"
+    for line in (default, other):
+        files = sorted((home / "trials").glob(f"{line.split()[0]}_*/trial.json"))
+        results = [TrialResult.read(file) for file in files]
+        assert [result.seed for result in results] == [1, 2], "not the seed that the search and its confirmation had"
+        assert float(line.split()[1]) == pytest.approx(50 * sum(r.holdout_accuracy for r in results), abs=0.01)
+    assert told.startswith("32 held-out training images") and "test images stay closed" in told
+    assert "2-3-5" in verdict and "times its cost" in verdict
+    for file in (home / "trials").glob("*/model*"):
+        raise AssertionError(f"{file}: a trial publishes nothing")
+    times = {file: file.stat().st_mtime_ns for file in (home / "trials").rglob("*")}
+    assert compare.main(asked) == 0
+    assert capsys.readouterr().out == first
+    assert {file: file.stat().st_mtime_ns for file in (home / "trials").rglob("*")} == times, "nothing is trained twice"
+    assert compare.main([*asked, "--layouts", "default,4-3-3"]) == 2
+    assert "are all 4-3-3 in this search" in capsys.readouterr().err
+
+
+def test_names_of_layouts_mean_what_was_confirmed_or_else_what_was_ranked_first():
+    search = SearchResult.read(shipped_folder("hub_configs") / "bmsn_resnet20_cifar100" / "search.json")
+    best, within = search.best.layout, search.best_within_default_macs.layout
+    names = "default,best,within"
+    assert repeat.layouts_named(search, names) == list(dict.fromkeys(("4-3-3", best, within)))
+    usual = Choice(layout="4-3-3", right=5, images=9, macs=1, better=0, worse=0, p_value=None)
+    other = Choice(layout="1-1-8", right=9, images=9, macs=1, better=9, worse=0, p_value=1e-3)
+    about = {"epochs": 1, "seed": 0, "spent_macs": 0}
+    for choices, named in (([usual], ("4-3-3", best, within)), ([usual, other], ("4-3-3", "1-1-8"))):
+        confirmed = search.model_copy(update={"confirmed": Confirmation.of(choices, "4-3-3", **about)})
+        assert repeat.layouts_named(confirmed, names) == list(dict.fromkeys(named))
+
+
+def test_images_vote_for_a_layout_by_seeds():
+    one, other = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 3), torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1]] * 3)
+    other[2, 7] = 0  # two seeds of three
+    cells, (_, verdict) = repeat._cells({"4-3-3": one, "5-3-2": other}, {"4-3-3": 100, "5-3-2": 120})
+    assert cells[2][5:] == ["+58.33", "40.41 to 76.26", "0.062"], "2 / 2^5, however many seeds repeat it"
+    assert verdict == "5-3-2 ties with 4-3-3: +58.33 points at 1.20 times its cost"
+    assert repeat._cells({"a": one[:1], "b": other[:1]}, {"a": 1, "b": 1})[0][1][2] == "13.68 to 69.43", "Wilson's"
+    wide = {"a": one.repeat(1, 3), "b": other.repeat(1, 3)}
+    assert "b beats a" in repeat._cells(wide, {"a": 1, "b": 1})[1][1]
+    assert "a is worse than b" in repeat._cells(dict(reversed(wide.items())), {"a": 1, "b": 1})[1][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "compare what? Give run folders, or --benchmark cifar10-resnet20"),
+        (["--layouts", "default,best"], "layouts and from-search go together"),
+        (["tests", "--jobs", "2"], "layouts and from-search go together"),
+        (["--layouts", "default,best", "--from-search", "nowhere"], "nowhere is no run folder"),
+        (["--layouts", "default,best", "--from-search", "nowhere", "--epochs", "0"], "epochs 0 is too small"),
+        ([], "compare what? Give run folders, --benchmark cifar10-resnet20, or --layouts"),
         (["runs/x", "--benchmark", "cifar10-resnet20"], "compare what?"),
         (["--benchmark", "imagenet"], "reference 'imagenet' is unknown: use cifar10-resnet20"),
         (["--benchmark", "cifar10-resnet20", "--seeds", "0"], "seeds 0 is too small: it must be at least 1"),

@@ -57,34 +57,43 @@ def confirm(
 
 
 def compare(right: Mapping[str, Tensor], macs: Mapping[str, int]) -> list[Choice]:
-    """Layouts against the first of them, by McNemar's exact test on the same images.
-
-    Under the hypothesis that two networks are equally good, those images that only one of them gets right are either's
-    with probability 1/2. p is two-sided, and Holm's for all comparisons: the chance of any false winner.
+    """Layouts against the first of them, see `paired_tests`.
 
     Args:
         right: for every layout, which images it classifies correctly, bool (N,).
         macs: multiply-accumulates of every layout.
     """
+    tests = paired_tests({layout: mask.int() for layout, mask in right.items()})
+    choices = []
+    for layout, mask in right.items():
+        better, worse, p = tests.get(layout, (0, 0, None))
+        about = dict(right=int(mask.sum()), images=len(mask), macs=macs[layout], better=better, worse=worse)
+        choices.append(Choice(layout=layout, p_value=p, **about))
+    return choices
+
+
+def paired_tests(right: Mapping[str, Tensor]) -> dict[str, tuple[int, int, float]]:
+    """Layouts against the first of them, by McNemar's exact test on the same images.
+
+    Under the hypothesis that two layouts are equally good, those images that one of them gets right with more seeds
+    than the other (with one seed: alone) are either's with probability 1/2. p is two-sided, and Holm's for all
+    comparisons: the chance of any false winner.
+
+    Args:
+        right: for every layout, with how many seeds each image is classified correctly, int (N,).
+
+    Returns:
+        for every layout but the first: images that it gets right with more seeds, with fewer, and p.
+    """
     default, *others = right
-    usual, wins, p_values = right[default], {}, dict[str, float]()
+    found = {}
     for layout in others:
-        better, worse = int((right[layout] & ~usual).sum()), int((usual & ~right[layout]).sum())
-        wins[layout] = better, worse
-        p_values[layout] = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        better, worse = ((right[a] > right[b]).sum().item() for a, b in ((layout, default), (default, layout)))
+        p = float(binomtest(int(better), int(better + worse)).pvalue) if better + worse else 1.0
+        found[layout] = int(better), int(worse), p
     highest = 0.0
-    for place, layout in enumerate(sorted(others, key=lambda layout: p_values[layout])):
-        highest = max(highest, min(1.0, (len(others) - place) * p_values[layout]))
-        p_values[layout] = highest
-    return [
-        Choice(
-            layout=layout,
-            right=int(mask.sum()),
-            images=len(mask),
-            macs=macs[layout],
-            better=wins.get(layout, (0, 0))[0],
-            worse=wins.get(layout, (0, 0))[1],
-            p_value=p_values.get(layout),
-        )
-        for layout, mask in right.items()
-    ]
+    for place, layout in enumerate(sorted(others, key=lambda layout: found[layout][2])):
+        better, worse, p = found[layout]
+        highest = max(highest, min(1.0, (len(others) - place) * p))
+        found[layout] = better, worse, highest
+    return found
