@@ -132,7 +132,7 @@ def time_units(
     """Time all units as any of some layouts uses them, and some networks from end to end.
 
     All are timed in turn, in rounds, so that a clock that slows down meets all alike; rounds are as many as the time
-    allows, 3 at least and 50 at most, after others that warm up for a third of it, at least one.
+    allows, 3 at least and 50 at most, after others that warm the units up for a third of it, at least one.
 
     Args:
         network: see `deployable`.
@@ -155,7 +155,7 @@ def time_units(
             torch.accelerator.synchronize(images.device)
         return output, time.perf_counter() - begun
 
-    def run_round() -> None:
+    def run_round(sample: Sequence[Layout]) -> None:
         maps = {0: images}  # what the next unit gets at each resolution
         for unit in sorted({row[0] for row in homes}):
             made: dict[int, torch.Tensor] = {}
@@ -171,11 +171,11 @@ def time_units(
         for layout in sample:
             whole[layout].append(timed(layout, network, images)[1])
 
-    for limit, least in ((seconds / 3, 1), (seconds, _LEAST)):
+    for limit, least, whole_ones in ((seconds / 3, 1, ()), (seconds, _LEAST, sample)):
         rows.clear()
         whole.clear()
         done, begun = 0, time.monotonic()
         while done < least or (done < _ROUNDS and time.monotonic() < begun + limit):
-            run_round()
+            run_round(whole_ones)
             done += 1
     return rows, whole

@@ -10,8 +10,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from . import cost, report, runtime
+from .command import out_of_memory
 from .config import SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
+from .errors import first_line
 from .evaluate import full_float32
 from .ranking import why_undecided
 from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
@@ -90,13 +92,14 @@ class SearchBase:
         network = cost.deployable(self.space.backbone, classes, config.in_chans, device, dtype)
         by_cost = sorted(self.space, key=lambda layout: self.space.macs(layout, size, config.in_chans))
         dearest = self.space.macs(by_cost[-1], size, config.in_chans)
-        sample = list(dict.fromkeys(by_cost[round(part * (len(by_cost) - 1) / 4)] for part in range(5)))
         batches = [1] if device.type == "cpu" and _BATCH * dearest > _BATCHED_ON_CPU else [1, _BATCH]
         found = []
         with full_float32():
             for batch in batches:
                 images = torch.randn(batch, config.in_chans, size, size, generator=torch.Generator().manual_seed(0))
                 images = images.to(device, dtype, memory_format=torch.channels_last)
+                parts = range(5) if batch == 1 else (1, 3)  # quarters of the layouts by cost
+                sample = list(dict.fromkeys(by_cost[part * (len(by_cost) - 1) // 4] for part in parts))
                 found.append(Latencies.of_times(batch, *cost.time_units(network, self.space, sample, images)))
         here = runtime.describe(self.accelerator)
         about = {key: here[key] for key in ("device", "hardware", "precision", "threads")}
@@ -118,7 +121,12 @@ class SearchBase:
         rows = dict(zip(("weight_rows", "score_rows"), map(torch.from_numpy, self.halves), strict=True))
         save_tensors(folder.path / "split.safetensors", rows)
         if config.latency and not self.latency:
-            self.latency = self.measure_latency()
+            try:
+                self.latency = self.measure_latency()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                _log.warning("the latency of the layouts is not measured: out of memory (%s)", first_line(error))
         folder.touch()
         weight, score = map(len, self.halves)
         SearchResult(

@@ -45,7 +45,16 @@ def start(base, *arguments, output="run", second=()):
         home.mkdir(exist_ok=True)
         launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", 2, "--num_processes", 2]
         launch += ["--main_process_ip", "10.77.0.10", "--main_process_port", 29501, "--machine_rank", rank]
-        search = [ROOT / "search.py", "--confirm", 0, *arguments, *(second if rank else ()), "--output", output]
+        search = [
+            ROOT / "search.py",
+            "--confirm",
+            0,
+            "--no-latency",
+            *arguments,
+            *(second if rank else ()),
+            "--output",
+            output,
+        ]
         command = shlex.join(map(str, [sys.executable, "-m", *launch, *search]))
         own = f"HOME={home} HF_HOME={home}/hf HF_DATASETS_CACHE={home}/hf/datasets GLOO_SOCKET_IFNAME=wire"
         (base / f"host{rank}.sh").write_text(f"cd {home}; {own} exec {command}\n")

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(240)
 
 def run(script, *arguments, launcher=(sys.executable,), cwd=None, **environment):
     """Run one of our scripts as a process of its own; returns it with its output as text."""
-    quick = ("--confirm", "0") if script == "search.py" else ()
+    quick = ("--confirm", "0", "--no-latency") if script == "search.py" else ()
     return subprocess.run(
         [*launcher, str(ROOT / script), *quick, *map(str, arguments)],
         capture_output=True,
