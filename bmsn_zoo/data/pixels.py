@@ -77,8 +77,8 @@ def _cut_square(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side and cut out the middle, to the pixel as timm's transform for evaluation does."""
     short = min(image.size)
     if max(image.size) > 16 * short:  # what the cut would throw away need not be resized first
-        across, down = ((side - min(side, 16 * short)) // 2 for side in image.size)
-        image = ImageOps.crop(image, (across, down))
+        border: Any = tuple((side - min(side, 16 * short)) // 2 for side in image.size)  # a number to pillow 12's types
+        image = ImageOps.crop(image, border)
     width, height = (size * side // short for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
