@@ -281,7 +281,8 @@ def confirmation_table(confirmed: Confirmation) -> str:
         tested = "default" if choice.p_value is None else f"p = {choice.p_value:.2g}"
         accuracy = f"{percent(choice.accuracy)} ± {100 * error:.2f}"
         lines.append(f"{'':>5}  {choice.layout:<14}  {accuracy}  {choice.macs / 1e6:>8.1f}  {tested}")
-    return "\n".join([*lines, confirmed.verdict]) + "\n"
+    lines += [line for line in (confirmed.verdict, confirmed.cheaper_tie) if line]
+    return "\n".join(lines) + "\n"
 
 
 def _evidence(result: SearchResult, pick: str) -> str:

@@ -462,6 +462,20 @@ class Confirmation(Record):
         """The verdict, where it keeps the default."""
         return self.verdict if self.best == self.default else None
 
+    @property
+    def cheaper_tie(self) -> str | None:
+        """The most accurate choice that costs less than the default and ties with it, if no winner does: no winner."""
+        usual = next(choice for choice in self.choices if choice.layout == self.default)
+        cheaper = [c for c in self.choices if c.macs < usual.macs and c.p_value is not None and c.p_value >= _LEVEL]
+        if self.best_within_default_macs != self.default or not cheaper:
+            return None
+        choice = max(cheaper, key=lambda choice: (choice.right, -choice.macs))
+        gap, images = choice.better - choice.worse, choice.images
+        half = 1.96 * (choice.better + choice.worse - gap**2 / images) ** 0.5  # of paired differences
+        low, mean, high = (f"{100 * value / images:+.1f}" for value in (gap - half, gap, gap + half))
+        cost = f"{choice.macs / usual.macs:.2f} of its cost"
+        return f"{choice.layout} ties with {self.default} at {cost}: {mean} points, 95 % interval {low} to {high}"
+
     @model_validator(mode="after")
     def _is_what_choices_say(self) -> Self:
         if self.default not in [choice.layout for choice in self.choices]:
