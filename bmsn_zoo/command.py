@@ -71,6 +71,22 @@ def run_command(run: Callable[[], object]) -> int:
         return 2
 
 
+def speak(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that say how much is told, which is done."""
+    level = logging.ERROR if given.pop("quiet", False) else logging.INFO
+    logging.getLogger("bmsn_zoo").setLevel(logging.DEBUG if given.pop("verbose", False) else level)
+    return given
+
+
+def take_dry_run(given: dict[str, Any]) -> bool:
+    """Whether a run shall only be tried, which is taken from its arguments."""
+    dry = given.pop("dry_run", False)
+    for name in ("resume", "push_to_hub"):
+        if dry and given.get(name):
+            raise InputError(f"dry-run tries a new run and leaves nothing behind: leave out --{name.replace('_', '-')}")
+    return dry
+
+
 def outside_fault(error: Exception) -> str | None:
     """What to do about an error that comes from the disk, the memory or another process; None for any other."""
     text, name = str(error), getattr(error, "filename", None)

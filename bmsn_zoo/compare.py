@@ -26,6 +26,7 @@ from .config import SearchConfig
 from .errors import InputError
 from .files import write_text
 from .layout import Layout
+from .progress import Bar
 from .search_space import SearchSpace
 from .trials import PLANS
 from .trials.repeat import retrain
@@ -155,7 +156,7 @@ def play_all(name: str, seeds: int) -> list[dict[str, Any]]:
         rows.append({**rows[0], **dict.fromkeys(["tau", "near_pairs", "front_regret", "worst_front_regret"], math.nan),
                      "method": f"random, k = {trained}", "spent_macs": trained * training, **expected})  # fmt: skip
     jobs = [(*play, seed) for play in _PLAYS for seed in range(seeds)]
-    for method, settings, seed in runtime.progress_bar(jobs, len(jobs), "playing searches"):
+    for method, settings, seed in Bar(jobs, len(jobs), "playing searches"):
         way = benchmark.play_plan if settings["strategy"] in PLANS else benchmark.play
         rows += [row(one, seed) for one in way(method, table, space, SearchConfig(seed=seed, **settings))]
     return rows

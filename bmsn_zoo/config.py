@@ -493,6 +493,14 @@ def build_parser(
     most.add_argument("--resume", action="store_true", help="continue the run in --output")
     pushing.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
     add_push_flags(pushing)
+    machine.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print settings, layouts, time and memory, as a few steps show them, and stop; nothing is written",
+    )
+    loud = machine.add_mutually_exclusive_group()
+    loud.add_argument("--quiet", action="store_true", help="print the result and errors alone")
+    loud.add_argument("--verbose", action="store_true", help="also log versions, settings and every step")
     for name, field in config_class.model_fields.items():
         flag, choices = "--" + name.replace("_", "-"), about(config_class, name)["choices"]
         default = "" if field.default is None else f" (default: {field.default})"

@@ -1,9 +1,9 @@
 """What every one-shot search does around its steps: images, supernets, checkpoints, the evaluation and the result."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from . import cost, hub, runtime
+from . import cost, hub, progress, runtime
 from .command import out_of_memory
 from .config import FEW_STEPS, SearchConfig, sharing_of
 from .data import (
@@ -33,6 +33,7 @@ from .evaluate import full_float32
 from .layout import Layout
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
+from .progress import Bar
 from .ranking import build_result
 from .results import Confirmation, Ranking
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
@@ -194,7 +195,22 @@ class OneShotSearch(SearchBase):
         self._restore()
         if self.accelerator.is_main_process:
             self._announce()
-        self._begun = time.monotonic(), self.spending.progress(self.folder.epoch * self.epoch_steps)
+        begun = self.spending.progress(self.folder.epoch * self.epoch_steps) * self.spending.total
+        progress.begin(self.spending.total + self._confirming(), begun, self.folder.dry)
+
+    def _confirm_epochs(self, epochs: int) -> int:
+        """Epochs of each choice that is confirmed, after so many of the search."""
+        return self.config.confirm_epochs or -(-epochs // self.config.confirm)
+
+    def _confirming(self) -> float:
+        """Multiply-accumulates of the confirmation, as expected."""
+        config, size = self.config, self.source.image_size
+        choices = min(config.confirm, len(self.space)) if self.space.default_layout in list(self.space) else 0
+        if not choices:
+            return 0.0
+        macs = sum(self.space.macs(layout, size, config.in_chans) for layout in self.space) / len(self.space)
+        epochs = self._confirm_epochs(config.epochs or math.ceil(self.spending.last / self.epoch_steps))
+        return choices * epochs * 3 * len(self.weight_split) * macs
 
     def _announce(self) -> None:
         """Say what is going to be searched, by how many steps, and whether they are few."""
@@ -212,9 +228,10 @@ class OneShotSearch(SearchBase):
             what = "budget" if config.budget else "number of epochs"
             _log.warning(f"{each} steps for each supernet: below some {FEW_STEPS}, noise ranks: give a larger {what}")
 
-    def end_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> None:
+    def end_epoch(self, epoch: int, done: float, sums: np.ndarray, started: float) -> None:
         """Log an epoch and save what continues from it; for `sums` see `_describe_epoch`."""
-        row = self._describe_epoch(epoch, progress, sums, started)
+        progress.stop_if_dry()
+        row = self._describe_epoch(epoch, done, sums, started)
         if self.accelerator.is_main_process:
             self.folder.log(row)  # before the checkpoint: resuming drops the rows of epochs that will run again
             self.folder.touch()
@@ -232,8 +249,7 @@ class OneShotSearch(SearchBase):
         self.evaluate_late(config.evaluate_last)
         found = self.rank(torch.stack(self.late).mean(0))
         if config.confirm and found.default:
-            each = config.confirm_epochs or -(-epochs // config.confirm)
-            confirmed = confirm(found, config, each, self.folder.path, self.accelerator)
+            confirmed = confirm(found, config, self._confirm_epochs(epochs), self.folder.path, self.accelerator)
         elif config.confirm and self.accelerator.is_main_process:
             _log.warning("nothing is confirmed: the default layout %s was not searched", self.space.default_layout)
         if self.accelerator.is_main_process:
@@ -243,7 +259,9 @@ class OneShotSearch(SearchBase):
     def batches(self, epoch: int) -> Any:
         """The steps of an epoch that are ours, each with a batch to train on and one to score on, as a progress bar."""
         steps = self.steps(epoch)
-        return runtime.progress_bar(self._batches(epoch, steps), len(steps), self._title(epoch))
+        whole = self.spending.total - self.config.evaluate_last * self.spending.evaluation
+        work = len(steps) * whole / (self.spending.last + 1)
+        return Bar(self._batches(epoch, steps), len(steps), self._title(epoch), work)
 
     def steps(self, epoch: int) -> range:
         """Those of an epoch that are ours, counted over all epochs."""
@@ -281,7 +299,7 @@ class OneShotSearch(SearchBase):
             images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
             yield step, (images, labels), (score_images, score_labels)
 
-    def _describe_epoch(self, epoch: int, progress: float, sums: np.ndarray, started: float) -> dict[str, object]:
+    def _describe_epoch(self, epoch: int, done: float, sums: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
         config, spending, steps = self.config, self.spending, (epoch + 1) * self.epoch_steps
         totals = torch.tensor(sums, dtype=torch.float32, device=self.device)
@@ -296,10 +314,10 @@ class OneShotSearch(SearchBase):
             "score_accuracy": accuracy / sum(draws),
             # by cost, that of a layout whose rate decays linearly
             "lr": self.learning_rate(steps - 1, 1.0 if config.rate_decay == "cost" else None),
-            **self.strategy.report(progress),
+            **self.strategy.report(done),
             "draws": [int(count) for count in draws],
             "seconds": round(time.monotonic() - started, 2),
-            "peak_memory_mib": _peak_memory_mib(self.device),
+            "peak_memory_mib": runtime.peak_memory_mib(self.device),
         }
         watched = config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and not spending.over(steps)
         if watched and spending.affords(spending.evaluation):
@@ -308,11 +326,10 @@ class OneShotSearch(SearchBase):
             row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
         row["spent_macs"] = spending.spent
         if self.accelerator.is_main_process:
-            (begun, before), done = self._begun, spending.progress(steps)
-            minutes = (time.monotonic() - begun) / 60 * (1 - done) / (done - before)
-            left = "" if spending.over(steps) else f", {minutes:.1f} min left to train"
-            _log.info("%s: loss %.3f, score accuracy %.2f %%, %.0f s%s", self._title(epoch), row["loss"],
-                      100 * accuracy / sum(draws), row["seconds"], left)  # fmt: skip
+            percent = 100 * accuracy / sum(draws)
+            progress.tell(
+                f"{self._title(epoch)}: loss {row['loss']:.3f}, score accuracy {percent:.2f} %, {row['seconds']:.0f} s"
+            )
         return row
 
     def _evaluate_all(self) -> Tensor:
@@ -324,7 +341,8 @@ class OneShotSearch(SearchBase):
         correct = torch.zeros(len(self.space), config.mixture_size, dtype=torch.int64, device=self.device)
         rng = random_stream(config.seed, SCORE_ORDER)
         batches = even_batches(len(images), config.eval_batch_size, rng)[first::parts]
-        bar = runtime.progress_bar(images.batches(batches, self.device), len(batches), "evaluating all layouts")
+        work = self.spending.evaluation
+        bar = Bar(images.batches(batches, self.device), len(batches), "evaluating all layouts", work, training=False)
         with self.accelerator.autocast(), full_float32():
             for pixels, labels in bar:
                 inputs = normalise(pixels, data.mean, data.std)
@@ -349,7 +367,7 @@ class OneShotSearch(SearchBase):
             epochs=epochs,
             spent_macs=self.spending.spent + (confirmed.spent_macs if confirmed else 0),
             norms=norms_of(mixture.supernets[0]),
-            peak_memory_mib=_peak_memory_mib(self.device),
+            peak_memory_mib=runtime.peak_memory_mib(self.device),
         )
 
     def _checkpoint(self, epoch: int) -> None:
@@ -407,11 +425,3 @@ def start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
         mixture.load_state_dict(weights)
     except RuntimeError:
         raise InputError(f"init-from {name}: its supernets do not have the weights of {config.model}") from None
-
-
-def _peak_memory_mib(device: torch.device) -> int | None:
-    """Of the GPU, or of this process without what its launcher held; None where neither is known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10 if status.exists() else None

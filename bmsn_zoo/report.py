@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .card import percent, ranked_rows
 from .command import run_command
+from .config import DataConfig
 from .errors import InputError
 from .files import read_text
+from .progress import duration
 from .ranking import standard_error, ties
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
 from .usage import parser_of, start_of
@@ -300,6 +303,16 @@ def _evidence(result: SearchResult, pick: str) -> str:
     if pick != "default" and result.default and entry.layout == result.default.layout:
         return f"{entry.layout}, the default: nothing else is shown to be better"
     return f"{entry.layout}, {cost}, {known}"
+
+
+def print_dry_run(config: DataConfig, layouts: str, seconds: float, memory: int | None) -> None:
+    """Print the settings of a run that was tried, its layouts, and what a few steps say of its time and memory."""
+    sys.stdout.write(
+        f"{yaml.safe_dump(config.as_dict(), sort_keys=False)}\n"
+        f"layouts:  {layouts}\ntime:     about {duration(seconds)} for all of it\n"
+        f"memory:   {'unknown' if memory is None else f'{memory:,} MiB'} at the most, after a few steps\n"
+        "a dry run: nothing is written\n"
+    )
 
 
 def print_pushed(address: str) -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from . import progress
 from .command import follow, followed
 from .config import ConfigT, DataConfig, build_config, changed_settings
 from .errors import InputError, first_line
@@ -136,6 +137,8 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
             folder = RunFolder(path, main=False)
             folder.epoch = epoch
         stack.callback(folder.end)
+        if outer is None:
+            stack.callback(progress.end)
         own_lock, own_checkpoint = folder.marks()
         seen = gather_object([(own_lock == lock, own_checkpoint == checkpoint)])
         folder.shared = all(same for same, _ in seen)
@@ -198,6 +201,7 @@ class RunFolder:
     Args:
         path: the folder.
         main: whether this process writes; others write nothing but checkpoints.
+        dry: whether nobody does, because the run will only be tried.
 
     Attributes:
         state: what the folder says of its run; None if it has not begun.
@@ -205,11 +209,11 @@ class RunFolder:
         shared: whether every process sees what the first one writes.
     """
 
-    def __init__(self, path: Path, main: bool = True) -> None:
-        self.path, self.main, self.epoch, self.shared = path, main, 0, True
+    def __init__(self, path: Path, main: bool = True, dry: bool = False) -> None:
+        self.path, self.main, self.dry, self.epoch, self.shared = path, main, dry, 0, True
         self._curves: Curves | None = None
         record = path / "run.json"
-        self.state = RunState.read(record) if record.exists() else None
+        self.state = RunState.read(record) if not dry and record.exists() else None
 
     def marks(self) -> tuple[tuple[int, ...], bytes]:
         """What tells this folder from one on another disk, and the checkpoint to continue from from another."""
@@ -273,7 +277,7 @@ class RunFolder:
                     raise InputError(
                         f"output {self.path} began with other settings or data, {changed}: start a new run"
                     )
-        if not self.main:
+        if not self.main or self.dry:
             return
         new = Segment(**segment, epoch=self.epoch, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)
         for key in ("processes", "threads", "precision", "device", "hardware", "tf32", "compiled", "versions"):

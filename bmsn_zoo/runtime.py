@@ -8,22 +8,21 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env, tqdm
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
 from . import __version__
+from .command import followed
 from .config import DataConfig, SearchConfig, changed_settings
 from .errors import InputError, first_line
 from .launch import PROCESS_VARIABLES, check_launch, launched_processes, several_hosts
 from .trackers import check_tracker
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
@@ -141,9 +140,16 @@ def meet(settings: dict[str, Any] | None) -> None:
             raise InputError(f"process {number} was started with other settings, {differs}: start all hosts alike")
 
 
-def progress_bar(items: Iterable[T], total: int, title: str) -> Any:
-    """A progress bar over items, on the terminal of the first process only; logs stay free of it."""
-    return tqdm(items, total=total, desc=title, leave=False, disable=not sys.stderr.isatty())
+def begin_run(folder: Any, config: DataConfig, identity: dict[str, Any], accelerator: Accelerator) -> None:
+    """Begin a run in its `RunFolder`, and say where it is and what it computes on; `identity` is that of its data."""
+    about = describe(accelerator)
+    folder.begin(config, {**about, "command": sys.argv}, identity, accelerator)
+    if accelerator.is_main_process and followed() in (None, folder):
+        several = f"{about['processes']} processes of " if about["processes"] > 1 else ""
+        device = f"{about['device']} ({about['hardware']}), {several}{about['threads']} threads, {about['precision']}"
+        _log.info("device: %s; folder: %s", device, "none, a dry run" if folder.dry else folder.path)
+        _log.debug("versions: %s", ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+        _log.debug("settings: %s", ", ".join(f"{name} {value}" for name, value in config))
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:
@@ -194,3 +200,11 @@ def commit() -> str | None:
         return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def peak_memory_mib(device: torch.device) -> int | None:
+    """Of the GPU, or of this process without what its launcher held; None where neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10 if status.exists() else None

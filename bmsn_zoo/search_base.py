@@ -1,7 +1,6 @@
 """What every search begins and ends with: its layouts, its images in two halves, and its result."""
 
 import logging
-import sys
 from typing import Any
 
 import numpy as np
@@ -63,9 +62,8 @@ class SearchBase:
 
     def begin_run(self) -> None:
         """Write what the run is, when nothing else can be refused."""
-        segment = {**runtime.describe(self.accelerator), "command": sys.argv}
-        self.folder.begin(self.config, segment, self.source.identity(self.data), self.accelerator)
-        if self.latency and self.accelerator.is_main_process:
+        runtime.begin_run(self.folder, self.config, self.source.identity(self.data), self.accelerator)
+        if self.latency and not self.folder.dry and self.accelerator.is_main_process:
             self.latency.write(self.folder.path / _LATENCY)
 
     def _agreed_latency(self) -> LatencyResult:

@@ -1,5 +1,6 @@
 """The search: a mixture of supernets over pooling layouts, top to bottom (arXiv:2306.11982)."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator, PartialState
 
-from . import hub, report, runtime
-from .command import run_command
+from . import hub, progress, report, runtime
+from .command import run_command, speak, take_dry_run
 from .config import SearchConfig, load_recipe, over_recipe
 from .errors import InputError
 from .one_shot import OneShotSearch
@@ -41,14 +42,32 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     Raises:
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
-    kinds: dict[str, Any] = {**dict.fromkeys(STRATEGIES, _Search), **dict.fromkeys(RELAXED, RelaxedSearch)}
-    kinds |= dict.fromkeys(PLANS, PlanSearch)
-    if config.strategy not in kinds:
-        raise InputError(f"strategy {config.strategy!r} is unknown: use {', '.join(kinds)}")
+    kind = _kind(config.strategy)
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("search", output, resume) as folder:
-        kinds[config.strategy](config, folder, accelerator).run()
+        kind(config, folder, accelerator).run()
     return folder.path
+
+
+def _kind(strategy: str) -> Any:
+    kinds: dict[str, Any] = {**dict.fromkeys(STRATEGIES, _Search), **dict.fromkeys(RELAXED, RelaxedSearch)}
+    kinds |= dict.fromkeys(PLANS, PlanSearch)
+    if strategy not in kinds:
+        raise InputError(f"strategy {strategy!r} is unknown: use {', '.join(kinds)}")
+    return kinds[strategy]
+
+
+def try_search(config: SearchConfig) -> Path:
+    """Print what a search would do, and how long it would take, as a few of its steps show; it writes to no folder."""
+    kind, accelerator = _kind(config.strategy), runtime.start(config)
+    run = kind(config, RunFolder(Path(os.devnull), dry=True), accelerator)
+    seconds = progress.rehearse(run.run)
+    costs = {layout: run.space.macs(layout, run.source.image_size, config.in_chans) for layout in run.space}
+    dearest = max(costs, key=costs.__getitem__)
+    if accelerator.is_main_process:
+        layouts = f"{len(costs)}, the dearest {dearest} with {costs[dearest] / 1e6:.1f} M MACs"
+        report.print_dry_run(run.config, layouts, seconds, runtime.peak_memory_mib(accelerator.device))
+    return run.folder.path
 
 
 class _Search(OneShotSearch):
@@ -60,7 +79,7 @@ class _Search(OneShotSearch):
         super().__init__(config, folder, accelerator)
         config = self.config  # as the images complete it
         self.strategy = create_strategy(self.space, config)
-        self.splits = getattr(self.strategy, "splits", lambda progress: False)
+        self.splits = getattr(self.strategy, "splits", lambda done: False)
         self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
@@ -119,7 +138,7 @@ class _Search(OneShotSearch):
                     self.strategy.update(drawn, accuracies)
                     accuracy = accuracies[drawn.supernet if self.scored else 0]
                     sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
-                    bar.set_postfix_str(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %", refresh=False)
+                    bar.show(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %")
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
                 if last:
@@ -132,6 +151,7 @@ class _Search(OneShotSearch):
 
 def start(given: dict[str, Any], told: bool = False) -> Path:
     """Search as flags ask, given by their names; returns the folder. `told`: the result is printed."""
+    dry = take_dry_run(given)
     output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
     recipe = given.get("recipe")
     if recipe is None and "dataset" not in given and not resume:
@@ -140,7 +160,10 @@ def start(given: dict[str, Any], told: bool = False) -> Path:
     if settings.get("init_from") and not resume:
         settings["init_from"] = hub.pin(settings["init_from"])
     path = Path(output) if output else None
-    folder = search(resolve_config(SearchConfig, settings, path, resume), path, resume)
+    config = resolve_config(SearchConfig, settings, path, resume)
+    if dry:
+        return try_search(config)
+    folder = search(config, path, resume)
     if PartialState().is_main_process:
         if told:
             report.print_search(folder)
@@ -152,7 +175,7 @@ def start(given: dict[str, Any], told: bool = False) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("search")
-    return run_command(lambda: start(vars(parser.parse_args(argv)), told=True))
+    return run_command(lambda: start(speak(vars(parser.parse_args(argv))), told=True))
 
 
 if __name__ == "__main__":

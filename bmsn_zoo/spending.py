@@ -57,6 +57,14 @@ class Spending:
         self.last = self._limit / self._mean
 
     @property
+    def total(self) -> float:
+        """Multiply-accumulates of the whole search, as expected; of its budget, all."""
+        config, every = self.config, self.config.evaluate_every
+        watched = config.epochs // every if every and config.epochs else 0
+        steps = (self.last + 1) * self._mean
+        return config.budget or steps + (config.evaluate_last + watched) * self.evaluation
+
+    @property
     def spent(self) -> int:
         """Multiply-accumulates so far."""
         return self.paid + self.own + self.late * self.evaluation

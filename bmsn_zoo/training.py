@@ -1,6 +1,7 @@
 """Training of one layout, to a folder that the Hub and timm take as it is."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -17,8 +18,8 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
-from . import cost, hub, report, runtime
-from .command import rank, run_command
+from . import cost, hub, progress, report, runtime
+from .command import rank, run_command, speak, take_dry_run
 from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
@@ -41,6 +42,7 @@ from .layout import Layout
 from .model_folder import save_model
 from .models import PoolingResNet, RelaidResNet, create_model
 from .optimizer import create_optimizer, learning_rate, set_learning_rate
+from .progress import Bar
 from .results import DatasetRecord, SearchResult, TrainDataset, TrainResult, TrialResult
 from .run_folder import (
     RunFolder,
@@ -87,11 +89,22 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("train", output, resume) as folder:
-        _Training(config, folder, accelerator).run()
+        Training(config, folder, accelerator).run()
     return folder.path
 
 
-class _Training:
+def try_training(config: TrainConfig) -> Path:
+    """Print what a training would do, and how long it would take, as a few of its steps show; it writes nowhere."""
+    accelerator = runtime.start(config)
+    run = Training(config, RunFolder(Path(os.devnull), dry=True), accelerator)
+    seconds = progress.rehearse(run.run)
+    if accelerator.is_main_process:
+        layouts = f"{run.layout} with {run.macs / 1e6:.1f} M MACs"
+        report.print_dry_run(run.config, layouts, seconds, runtime.peak_memory_mib(accelerator.device))
+    return run.folder.path
+
+
+class Training:
     """A training as one of its processes does it."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
@@ -132,6 +145,7 @@ class _Training:
         if config.batch_size > len(self.images):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.images)} images: use less")
         self.epoch_steps = len(self.images) // config.batch_size
+        self.work = 3.0 * config.epochs * self.epoch_steps * config.batch_size * self.macs
 
         torch.manual_seed(config.seed)
         model = create_network(config, self.layout, self.data, config.pretrained)
@@ -150,15 +164,21 @@ class _Training:
     def run(self) -> None:
         """All epochs, then the one look at the images that the result is measured on."""
         config, accelerator, folder = self.config, self.accelerator, self.folder
-        segment = {**runtime.describe(accelerator), "command": sys.argv}
-        folder.begin(config, segment, self.source.identity(self.data), accelerator)
+        if accelerator.is_main_process and not self.is_trial:
+            _log.info(
+                f"train: layout {self.layout} of {config.model} at {self.source.image_size} pixels "
+                f"({self.source.size_origin}), {self.macs / 1e6:.1f} M MACs; {len(self.images)} images, batches of "
+                f"{config.batch_size}; {config.epochs * self.epoch_steps} steps in {config.epochs} epochs"
+            )
+        runtime.begin_run(folder, config, self.source.identity(self.data), accelerator)
         accelerator.wait_for_everyone()
         self._restore()
+        progress.begin(self.work, self.work * folder.epoch / config.epochs, folder.dry)
 
         for epoch in range(folder.epoch, config.epochs):
             started = time.monotonic()
             steps = range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)
-            bar = runtime.progress_bar(self._batches(epoch, steps), len(steps), f"epoch {epoch + 1}/{config.epochs}")
+            bar = Bar(self._batches(epoch, steps), len(steps), self._title(epoch), self.work / config.epochs)
             lag, sums = Lag[int](), np.zeros(2)
             torch.manual_seed(config.seed + epoch * self.shard[1] + self.shard[0])  # dropout alone uses this stream
             self.model.train()
@@ -180,12 +200,13 @@ class _Training:
                 for done, arrived in lag.push(step, values, last=step == steps[-1]):
                     check_finite(arrived[0], epoch, done % self.epoch_steps)
                     sums += arrived
-                    bar.set_postfix_str(f"loss {arrived[0]:.3f}", refresh=False)
+                    bar.show(f"loss {arrived[0]:.3f}")
 
             if self.shard[1] > 1:
                 # each process has normalised by its own shards; what is measured and saved is one network
                 for network in (self.model, self.final):
                     distribute_bn(network, self.shard[1], reduce=True)
+            progress.stop_if_dry()
             row = self._describe_epoch(epoch, sums / len(steps), started)
             if accelerator.is_main_process:
                 folder.log(row)
@@ -205,6 +226,10 @@ class _Training:
             else:
                 self._write_result(final.cpu().eval(), measured)
         accelerator.wait_for_everyone()
+
+    def _title(self, epoch: int) -> str:
+        alone = f"{self.layout} alone, " if self.is_trial else ""
+        return f"{alone}epoch {epoch + 1}/{self.config.epochs}"
 
     def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Steps of an epoch: augmented images, their targets (mixed if so asked), and their labels, on the device."""
@@ -240,7 +265,7 @@ class _Training:
         seconds = time.monotonic() - started
         if self.accelerator.is_main_process:
             held_text = f", held-out accuracy {100 * held['accuracy']:.2f} %" if held else ""
-            _log.info("epoch %d/%d: loss %.3f%s, %.0f s", epoch + 1, config.epochs, means[0], held_text, seconds)
+            progress.tell(f"{self._title(epoch)}: loss {means[0]:.3f}{held_text}, {seconds:.0f} s")
         return {
             "epoch": epoch + 1,
             "loss": float(means[0]),
@@ -391,11 +416,14 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
 
 def start(given: dict[str, Any], told: bool = False) -> Path:
     """Train as flags ask, given by their names; returns the folder. `told`: the result is printed."""
+    dry = take_dry_run(given)
     output, resume, target = given.pop("output", None), given.pop("resume", False), hub.take_target(given)
     path = Path(output) if output else None
     config = resolve_config(TrainConfig, _gather_settings(given, resume), path, resume)
     if target and config.measure == "holdout":
         raise InputError("measure holdout makes no model to push: leave out --push-to-hub")
+    if dry:
+        return try_training(config)
     folder = train(config, path, resume)
     if PartialState().is_main_process:
         if told:
@@ -408,7 +436,7 @@ def start(given: dict[str, Any], told: bool = False) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("train")
-    return run_command(lambda: start(vars(parser.parse_args(argv)), told=True))
+    return run_command(lambda: start(speak(vars(parser.parse_args(argv))), told=True))
 
 
 if __name__ == "__main__":

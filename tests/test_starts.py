@@ -59,9 +59,9 @@ def test_resumed_trainings_need_their_start_no_more(trained, image_folder, tmp_p
             raise InputError("cut")
         return describe(self, epoch, *rest)
 
-    describe = train_module._Training._describe_epoch
+    describe = train_module.Training._describe_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Training, "_describe_epoch", stop)
+        patch.setattr(train_module.Training, "_describe_epoch", stop)
         assert run(train_module, *base, "--output", tmp_path / "cut") != 0
     shutil.rmtree(source)
     assert run(train_module, "--output", tmp_path / "cut", "--resume") == 0

@@ -1,6 +1,5 @@
 """Confirmation of a ranking: its choices are trained alone, and each is tested against the default."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +8,13 @@ from accelerate import Accelerator
 from scipy.stats import binomtest
 from torch import Tensor
 
+from .. import progress
 from ..config import SearchConfig
 from ..layout import Layout
 from ..results import Choice, Confirmation, Ranking
 from ..run_folder import load_tensors
 from .protocol import Trial
 from .runner import run_trial, trial_config, trial_folder
-
-_log = logging.getLogger(__name__)
 
 
 def confirm(
@@ -39,16 +37,17 @@ def confirm(
     """
     named = [found.default, found.best, found.best_within_default_macs, *found.ranking]
     entries = list({entry.layout: entry for entry in named if entry}.values())[: config.confirm]
-    right, spent = dict[str, Tensor](), 0
+    right, spent, begun = dict[str, Tensor](), 0, progress.done()
     for number, entry in enumerate(entries, 1):
         if accelerator.is_main_process:
-            _log.info("confirming %d/%d: %s alone, %d epochs", number, len(entries), entry.layout, epochs)
+            progress.tell(f"confirming {number}/{len(entries)}: {entry.layout} alone, {epochs} epochs")
         trial = Trial(Layout.parse(entry.layout), config.seed, epochs)
         folder, precision = trial_folder(home, trial), accelerator.mixed_precision
         result = run_trial(folder, trial_config(config, trial, precision, torch.get_num_threads()))
         if accelerator.is_main_process:
             assert result
             spent += result.spent_macs
+            progress.reach(spent, begun)
             right[entry.layout] = load_tensors(folder / "right.safetensors")["right"].bool()
     if not accelerator.is_main_process:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from .. import progress
 from ..config import SearchConfig
 from ..errors import InputError
 from ..files import write_text
@@ -17,9 +18,10 @@ from ..ranking import build_result
 from ..results import TrialResult
 from ..run_folder import RunFolder
 from ..search_base import SearchBase
+from ..training import Training
 from . import PLANS
 from .protocol import Trial
-from .runner import Runner
+from .runner import Runner, trial_config
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +44,42 @@ class PlanSearch(SearchBase):
 
     def run(self) -> None:
         """Every trial of the plan, then the result."""
+        work = self._planned()
+        if self.accelerator.is_main_process:
+            _log.info(
+                f"search: {len(self.space)} layouts of {self.config.model} at {self.source.image_size} pixels "
+                f"({self.source.size_origin}); {len(self.halves[0])} images train, {len(self.halves[1])} score; "
+                f"{len(work)} trainings"
+            )
         self.begin_run()
         with Runner(self.config, self.folder.path, self.accelerator) as runner:
+            progress.begin(sum(work) / (runner.jobs if self.folder.dry else 1), dry=self.folder.dry)
+            if self.folder.dry:
+                self._try_dearest(runner)
             while trials := self.plan.next({trial: each.holdout_accuracy for trial, each in self.done.items()}):
                 ended: dict[Trial, TrialResult] = {}
                 runner.run(trials, lambda trial, result, ended=ended: self._told(ended, trial, result))  # type: ignore[misc]
                 self.done |= {trial: ended[trial] for trial in trials}  # in the plan's order, whoever was first
         self._write_result()
+
+    def _planned(self) -> list[float]:
+        """Multiply-accumulates of every training of the plan, as expected: which layouts go on is not known yet."""
+        plan, done, work = PLANS[self.config.strategy](self.space, self.config), dict[Trial, float](), list[float]()
+        while trials := plan.next(done):
+            done |= dict.fromkeys(trials, 0.5)
+            work += [self._work(trial) for trial in trials]
+        return work
+
+    def _work(self, trial: Trial) -> float:
+        macs = self.space.macs(trial.layout, self.source.image_size, self.config.in_chans)
+        return 3.0 * trial.epochs * len(self.halves[0]) * macs
+
+    def _try_dearest(self, runner: Runner) -> None:
+        """A few steps of it, as a worker trains it; as many go on at a time as there are jobs."""
+        dearest = max(self.space, key=lambda layout: self._work(Trial(layout, 0, 1)))
+        config = trial_config(self.config, Trial(dearest, 0, 1), self.accelerator.mixed_precision, runner.threads)
+        torch.set_num_threads(runner.threads)
+        Training(config, self.folder, self.accelerator).run()
 
     def _told(self, ended: dict[Trial, TrialResult], trial: Trial, result: TrialResult) -> None:
         ended[trial] = result
@@ -56,8 +87,11 @@ class PlanSearch(SearchBase):
         seconds = result.duration_seconds
         self.folder.log({**_describe(trial, result), "seconds": seconds})
         self.folder.touch()
-        _log.info("training %d: %s, seed %d, %d epochs: held-out accuracy %.2f %%, %.0f s", number, trial.layout,
-                  trial.seed, trial.epochs, 100 * held, seconds)  # fmt: skip
+        progress.reach(sum(map(self._work, [*self.done, *ended])), 0.0)
+        progress.tell(
+            f"training {number}: {trial.layout}, seed {trial.seed}, {trial.epochs} epochs: held-out accuracy "
+            f"{100 * held:.2f} %, {seconds:.0f} s"
+        )
 
     def _write_result(self) -> None:
         """Write search.json, and the table of a brute force."""

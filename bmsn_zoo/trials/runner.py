@@ -118,8 +118,8 @@ class Runner:
         if self._gpus and len(self._visible) < self._gpus:
             self._visible = [str(index) for index in range(self._gpus)]
         # one thread on CPUs: several trainings side by side are faster, and their number moves no result
-        self._threads = config.threads or max(1, usable_cores() // self._gpus if self._gpus else 1)
-        self.jobs = config.jobs or self._gpus or max(1, usable_cores() // self._threads)
+        self.threads = config.threads or max(1, usable_cores() // self._gpus if self._gpus else 1)
+        self.jobs = config.jobs or self._gpus or max(1, usable_cores() // self.threads)
         self._client: Any = None
         self._executor = self._start()
 
@@ -153,7 +153,7 @@ class Runner:
         while waiting:
             futures = {}
             for trial in waiting:
-                config = trial_config(self._config, trial, self._precision, self._threads)
+                config = trial_config(self._config, trial, self._precision, self.threads)
                 folder = str(trial_folder(self._home, trial))
                 futures[self._executor.submit(_work, folder, config.as_dict())] = trial
             try:
