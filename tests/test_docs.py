@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import bmsn_zoo
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser
 from bmsn_zoo.search_space import SearchSpace
 from bmsn_zoo.strategies import STRATEGIES
@@ -62,3 +63,24 @@ def test_the_strategy_of_the_pages_draws_alike_after_resuming(monkeypatch):
     best = [max(draw.layout for draw in drawn if draw.supernet == m) for m in range(2)]
     share = sum(draw.layout == best[draw.supernet] for draw in drawn[100:]) / 100
     assert 0.35 < share < 0.75
+
+
+@pytest.mark.timeout(200)
+def test_what_the_page_does_in_python_works(image_dataset, tmp_path, monkeypatch):
+    """Its snippets one after the other, on a folder of photos, by searches and trainings of one epoch."""
+    for number, row in enumerate(image_dataset["train"]):
+        (home := tmp_path / "photos" / str(row["label"])).mkdir(parents=True, exist_ok=True)
+        row["image"].save(home / f"{number}.png")
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "photos" / "0" / "0.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    short = {"epochs": 1, "mixed_precision": "no"}
+    search, train = bmsn_zoo.search, bmsn_zoo.train
+    smaller = {**short, "default_layout": "5-5"}
+    monkeypatch.setattr(bmsn_zoo, "search", lambda dataset, **flags: search(dataset, **{**flags, **smaller}))
+    monkeypatch.setattr(bmsn_zoo, "train", lambda **flags: train(**{**flags, **short}))
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", PAGES["python.md"], re.S):
+        exec(compile(snippet, "python.md", "exec"), names)
+    assert names["trained"].record.model == "bmsn_resnet20" and len(names["runs"]) == 2
+    assert names["accuracies"].shape == (9, 2) and (tmp_path / "accuracy_macs.svg").exists()
+    assert len(names["table"]) == 36
