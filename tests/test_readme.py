@@ -111,7 +111,7 @@ def test_every_number_comes_from_a_record():
     assert 0.57 < native["time_of_a_step"]["convolutions"] < 0.65 and "three fifths of a step" in text
     assert 1.8 < native["mixture_parallel_two_processes"]["speedup"] < 2.3 and "about twice the steps" in text
     assert abs(native["loading"]["first_over_decoding"] - 1) < 0.1 and "in the time of decoding it once" in text
-    text = re.sub(r"2306\.11982|87\.5 % to 92\.0 %", "", text)  # the paper and its own numbers
+    text = re.sub(r"2306\.11982|87\.5 % to 92\.0 %|--lr [.\d]+", "", text)  # the paper and its own numbers, settings
     assert re.findall(r"\d+\.\d+", text) == []
 
 
