@@ -27,6 +27,7 @@ from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
+_CONFUSED = 300  # pairs of classes that a result holds
 
 
 @contextlib.contextmanager
@@ -83,6 +84,24 @@ def evaluate(
             filled.copy_(accelerator.reduce(filled, "sum"))
     correct, loss = accelerator.reduce(sums, "sum").tolist()
     return {"accuracy": correct / len(images), "loss": loss / len(images)}
+
+
+def count_classes(labels: Tensor, found: Tensor, classes: int) -> dict[str, Any]:
+    """How the images of every class fared, as `TrainResult` holds it.
+
+    Args:
+        labels: of the images, (N,).
+        found: their most probable classes, (N,).
+        classes: how many there are.
+    """
+    wrong, right = labels != found, torch.bincount(labels[labels == found], minlength=classes)
+    pairs, counts = (labels * classes + found)[wrong].unique(return_counts=True)
+    most = sorted(zip((-counts).tolist(), pairs.tolist(), strict=True))[:_CONFUSED]
+    return {
+        "class_images": torch.bincount(labels, minlength=classes).tolist(),
+        "class_right": right.tolist(),
+        "confused": [(pair // classes, pair % classes, -count) for count, pair in most],
+    }
 
 
 def measure(name: str, dataset: str | None = None) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from .card import percent, template_environment
 from .compare import compare_runs
 from .files import write_text
 from .layout import Layout
-from .ranking import spread, ties
-from .results import Entry, Run, SearchResult, pareto_front
+from .ranking import spread, standard_error, ties
+from .results import Entry, Run, SearchResult, TrainResult, pareto_front
 from .search_space import backbone_of
 from .usage import start_of
 
@@ -177,6 +177,50 @@ def _training(folder: Path, result: Any, rows: Sequence[Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _classes(results: Iterable[Run]) -> dict[str, Any] | None:
+    """Every class under the first layout trained that is not the default, against the default; seeds of each together.
+
+    Only trainings that were measured on the same test images; None unless both layouts are among them.
+    """
+    known = [result for result in results if isinstance(result, TrainResult) and result.class_right]
+    usual = {result.model: str(backbone_of(result.model).default_layout) for result in known}
+    other = next((result for result in known if result.layout != usual[result.model]), None)
+    if other is None:
+        return None
+
+    def of(layout: str) -> list[TrainResult]:
+        data = (other.model, other.dataset.test_fingerprint, other.dataset.label_names)
+        same = [r for r in known if (r.model, r.dataset.test_fingerprint, r.dataset.label_names) == data]
+        return [result for result in same if result.layout == layout]
+
+    names, groups = other.dataset.label_names, [of(other.layout), of(usual[other.model])]
+    if not groups[1]:
+        return None
+    rows, confused = [], list[dict[tuple[int, int], float]]()
+    for index, name in enumerate(names):
+        shares = []
+        for group in groups:
+            images = sum(result.class_images[index] for result in group)  # type: ignore[index]
+            shares.append((sum(result.class_right[index] for result in group) / max(1, images), images))  # type: ignore[index]
+        (found, n), (default, m) = shares
+        if n and m:
+            spread = 1.96 * math.hypot(standard_error(found, n), standard_error(default, m))
+            rows.append((name, found, default, found - default, spread))
+    for group in groups:
+        pairs: dict[tuple[int, int], float] = {}
+        for result in group:
+            for here, there, images in result.confused:
+                pairs[here, there] = pairs.get((here, there), 0.0) + images / len(group)
+        confused.append(pairs)
+    most = sorted({*confused[0], *confused[1]}, key=lambda pair: -sum(each.get(pair, 0) for each in confused))[:10]
+    return {
+        "layouts": [group[0].layout for group in groups],
+        "runs": [len(group) for group in groups],
+        "rows": sorted(rows, key=lambda row: -row[3])[:_ROWS],
+        "confused": [(names[a], names[b], *(each.get((a, b)) for each in confused)) for a, b in most],
+    }
+
+
 def write_page(runs: Sequence[tuple[Path, Run, Sequence[Any]]], path: Path) -> None:
     """Write the page of some runs.
 
@@ -199,4 +243,5 @@ def write_page(runs: Sequence[tuple[Path, Run, Sequence[Any]]], path: Path) -> N
             ranks = [(layout, [place[layout] for place in places]) for layout in results[0].layouts]
             ranks = sorted(ranks, key=lambda row: mean(row[1]))[:30]
     page = template_environment(autoescape=True).get_template("report.html.j2")
-    write_text(path, page.render(parts=parts, compared=compared, ranks=ranks))
+    classes = _classes(result for _, result, _ in runs)
+    write_text(path, page.render(parts=parts, compared=compared, ranks=ranks, classes=classes))

@@ -555,6 +555,9 @@ class TrainResult(Run):
         test_loss: mean cross-entropy on them, nats.
         macs: multiply-accumulates for one image.
         weights_sha256: of the published model.safetensors; None until that is written.
+        class_images: test images of every class, in the order of the label names.
+        class_right: how many of them are classified correctly.
+        confused: the most frequent mistakes: class, what it was taken for, test images.
     """
 
     model: str
@@ -568,8 +571,22 @@ class TrainResult(Run):
     runs: Count
     train_images: Count
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    class_images: Annotated[list[Count] | None, FailFast()] = None
+    class_right: Annotated[list[Count] | None, FailFast()] = None
+    confused: Annotated[list[tuple[Count, Count, Count]], FailFast()] = []
     settings: Annotated[Settings, _checked(TrainConfig)]
     dataset: TrainDataset
+
+    @model_validator(mode="after")
+    def _counts_its_classes(self) -> Self:
+        images, right, classes = self.class_images, self.class_right, len(self.dataset.label_names)
+        if (images is None) != (right is None) or any(max(pair[:2]) >= classes for pair in self.confused):
+            raise ValueError("it counts other classes than its data set has")
+        if images is not None and right is not None:
+            fits = len(images) == len(right) == classes and all(r <= n for r, n in zip(right, images, strict=True))
+            if not fits or sum(images) != self.test_images:
+                raise ValueError("the counts of its classes are not of its test images")
+        return self
 
 
 class TrialResult(Run):

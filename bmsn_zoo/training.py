@@ -36,7 +36,7 @@ from .data import (
     to_device,
 )
 from .errors import InputError
-from .evaluate import evaluate
+from .evaluate import count_classes, evaluate
 from .export import require_onnx
 from .layout import Layout
 from .model_folder import save_model
@@ -218,13 +218,15 @@ class Training:
         images = self.test.images if self.test else self.holdout
         assert images is not None
         right = torch.zeros(len(images), dtype=torch.uint8, device=self.device)
-        measured = evaluate(final, images, self.data.mean, self.data.std, accelerator, right)
+        found = torch.zeros(len(images), 1, dtype=torch.int64, device=self.device)
+        measured = evaluate(final, images, self.data.mean, self.data.std, accelerator, right, found)
         if accelerator.is_main_process:
             folder.touch()
             if self.is_trial:
                 self._write_trial(measured, right)
             else:
-                self._write_result(final.cpu().eval(), measured)
+                classes = count_classes(images.labels.cpu(), found[:, 0].cpu(), len(self.data.label_names))
+                self._write_result(final.cpu().eval(), measured, classes)
         accelerator.wait_for_everyone()
 
     def _title(self, epoch: int) -> str:
@@ -306,7 +308,9 @@ class Training:
         ).write(folder.path / "trial.json")
         folder.finish()
 
-    def _write_result(self, final: PoolingResNet | RelaidResNet, measured: dict[str, float]) -> None:
+    def _write_result(
+        self, final: PoolingResNet | RelaidResNet, measured: dict[str, float], classes: dict[str, Any]
+    ) -> None:
         """Write metrics.json and the model folder; read the model back, and compare."""
         config, source, data, folder, test = self.config, self.source, self.data, self.folder, self.test
         assert test is not None
@@ -319,6 +323,7 @@ class Training:
             test_precision="fp32",
             parameters=sum(p.numel() for p in final.parameters()),
             runs=1,
+            **classes,
             dataset=dataset,
         )
         result.write(folder.path / "metrics.json")

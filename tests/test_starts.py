@@ -12,6 +12,7 @@ from timm.models import save_for_hf
 
 from bmsn_zoo import InputError
 from bmsn_zoo import training as train_module
+from bmsn_zoo.results import TrainResult
 from bmsn_zoo.starts import find_start, start_from
 
 STILL = ["--lr", 0, "--weight-decay", 0]
@@ -44,6 +45,9 @@ def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_f
         assert len(same) > 30 and all(torch.equal(before[key], after[key]) for key in same), (
             "its head too: same classes"
         )
+    result = TrainResult.read(tmp_path / "same" / "metrics.json")
+    assert result.class_images == [8] * 4 and sum(result.class_right) == 32 * result.test_accuracy
+    assert sum(images for _, _, images in result.confused) == 32 - sum(result.class_right)
     card = (tmp_path / "same" / "model" / "README.md").read_text(encoding="utf-8")
     assert "started from the weights of `found`" in card and str(trained.parent) not in card
 
