@@ -122,13 +122,16 @@ class SearchResult:
 
     @property
     def ranking(self) -> "pd.DataFrame":
-        """All layouts, best first: accuracies on the score split as fractions, multiply-accumulates for an image."""
+        """All layouts, best first: accuracies on the score split as fractions, multiply-accumulates for an image, and,
+        where they were measured, its milliseconds."""
         import pandas as pd
 
         record = self.record
         frame = pd.DataFrame([dict(entry) for entry in record.ranking], index=range(1, len(record.ranking) + 1))
         if record.probability is not None:
             frame["probability"] = frame["layout"].map(record.values)
+        if record.latency:
+            frame["milliseconds"] = frame["layout"].map(record.latency.single.of)
         frame["pareto_front"] = frame["layout"].isin([entry.layout for entry in record.pareto_front])
         return frame.rename_axis("rank")
 

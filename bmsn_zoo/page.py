@@ -114,7 +114,7 @@ def _costs(
             labels.append((right, bottom, entry.layout))
     within = next((e for e in result.ranking if default and price(e) <= price(default)), None)
     marks = [(mark, spot(entry)) for mark, entry in (("within", within), ("default", default)) if entry]
-    return {"label": label, "x": x, "y": y, "labels": labels, "marks": marks, "entries": front,
+    return {"label": label, "x": x, "y": y, "labels": labels, "marks": marks, "within": within, "entries": front,
             "front": [spot(entry) for entry in front], "points": [spot(e) for e in kept if e not in front]}  # fmt: skip
 
 

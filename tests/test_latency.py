@@ -10,6 +10,7 @@ from small_runs import COMMON, run
 from test_processes import run as start
 from test_processes import torchrun
 
+import bmsn_zoo
 from bmsn_zoo import InputError, SearchSpace, cost, report, search_base
 from bmsn_zoo import searching as search_module
 from bmsn_zoo.card import search_card
@@ -183,6 +184,9 @@ def test_reports_tell_latencies(limited, tmp_path, capsys):
     assert [layout for layout, _, _ in rows] == [entry.layout for entry in front]
     assert [float(took) for _, took, _ in rows] == sorted(round(single.of(entry.layout), 2) for entry in front)
     assert [float(accuracy) for _, _, accuracy in rows] == sorted(float(accuracy) for _, _, accuracy in rows)
+    assert list(bmsn_zoo.SearchResult.load(folder).ranking["milliseconds"]) == [
+        single.of(entry.layout) for entry in found.ranking
+    ]
     card = search_card(found, "me/it")
     best = f"| {found.best.macs / 1e6:.1f} M | {single.of(found.best.layout):.2f} |"
     assert best in card and "Milliseconds are those of one image" in card

@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from small_runs import run
 
-from bmsn_zoo import report
+from bmsn_zoo import Layout, report
+from bmsn_zoo.cost import rows_of
 from bmsn_zoo.ranking import ties
 from bmsn_zoo.report import search_table
-from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
+from bmsn_zoo.results import Choice, Confirmation, Latencies, LatencyResult, SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.timeout(200)
@@ -73,6 +74,14 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.elements)
 
 
+def latency_of(result, hardware):
+    """Latencies as a search would measure them, if every unit took as long as every other."""
+    rows = {row: [0.001, 0.002, 0.003] for layout in result.layouts for row in rows_of(Layout.parse(layout))}
+    batches = [Latencies.of_times(batch, rows, {Layout.parse("4-3-3"): [0.021, 0.022, 0.023]}) for batch in (1, 64)]
+    about = dict(device="cpu", hardware=hardware, precision="fp32", threads=2, torch="2.9")
+    return LatencyResult(**about, batches=batches)
+
+
 @pytest.fixture(scope="module")
 def hostile(runs, tmp_path_factory):
     """Two searches and a training, whose names want to be code; the names."""
@@ -83,7 +92,9 @@ def hostile(runs, tmp_path_factory):
         result = (SearchResult if kind == "search" else TrainResult).read(file)
         named = {"id": f"data{code}", "label_names": [code, "{{ 7 * 7 }}", "'\"`", "plain"], "on_hub": False}
         data = result.dataset.model_copy(update=named)
-        result.model_copy(update={"dataset": data, "seed": number, "commit": code}).write(file)
+        changed = {"dataset": data, "seed": number, "commit": code}
+        changed |= {"latency": latency_of(result, code)} if kind == "search" else {}
+        result.model_copy(update=changed).write(file)
     assert run(report, *sorted(base.iterdir()), "--output", base / "page.html") == 0
     return base / "page.html", code
 
