@@ -50,6 +50,16 @@ def change(file, *path, value):
     file.write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="module")
+def again(runs, tmp_path_factory):
+    """The found model, added once more, beside a default of another seed, place and pick."""
+    zoo = tmp_path_factory.mktemp("again")
+    shutil.copytree(runs.zoo / DEFAULT, zoo / "other")
+    for name, value in (("seed", 7), ("dataset", "/elsewhere/compass"), ("pick", "4-3-3")):
+        change(zoo / "other" / "metrics.json", "settings", name, value=value)
+    return add(runs.found, "bmsn_resnet20_new", default="other", zoo=zoo)
+
+
 # ONNX
 
 
@@ -72,8 +82,8 @@ def test_onnx_takes_bytes_and_gives_the_same_logits(name, folder):
     assert f"one way: {rule}." in (folder / "README.md").read_text()
 
 
-def test_onnx_has_the_same_bytes_every_time(runs):
-    files = [folder / "model.onnx" for folder in (runs.zoo / FOUND, runs.found / "model")]
+def test_onnx_has_the_same_bytes_every_time(again, runs):
+    files = [folder / "model.onnx" for folder in (again, runs.found / "model")]
     assert files[0].read_bytes() == files[1].read_bytes()
     onnx.checker.check_model(files[0], full_check=True)
 
@@ -142,13 +152,8 @@ def test_only_models_trained_alike_are_compared(path, value, said, runs, tmp_pat
     assert [file.name for file in zoo.iterdir()] == ["other"]
 
 
-def test_models_of_another_seed_place_and_pick_are_compared(runs, tmp_path):
-    zoo = tmp_path / "zoo"
-    shutil.copytree(runs.zoo / DEFAULT, zoo / "other")
-    for name, value in (("seed", 7), ("dataset", "/elsewhere/compass"), ("pick", "4-3-3")):
-        change(zoo / "other" / "metrics.json", "settings", name, value=value)
-    folder = add(runs.found, "bmsn_resnet20_new", default="other", zoo=zoo)
-    assert "Against the default layout" in (folder / "README.md").read_text()
+def test_models_of_another_seed_place_and_pick_are_compared(again):
+    assert "Against the default layout" in (again / "README.md").read_text()
 
 
 # reading

@@ -335,6 +335,7 @@ def test_errors_of_a_gpu_are_known_and_others_are_not():
     assert command.outside_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc's malloc")
 def test_memory_that_a_step_frees_is_there_for_the_next():
     code = """if True:

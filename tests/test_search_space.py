@@ -235,9 +235,15 @@ def test_any_network_with_units_can_be_searched(strided):
 
 @pytest.mark.parametrize(
     ("name", "count", "sizes"),
-    [("resnet18", 35, (65, 96)), ("resnet50.a1_in1k", 455, (80,)), ("resnet14t", 1, (66,)), ("resnetblur18", 35, (70,)),
-     ("resnetaa50", 455, (64, 96)), ("resnetrs50", 455, (75,))],
-)  # fmt: skip
+    [
+        ("resnet18", 35, (65, 96)),
+        ("resnet14t", 1, (66,)),
+        ("resnetblur18", 35, (70,)),
+        pytest.param("resnet50.a1_in1k", 455, (80,), marks=pytest.mark.slow),
+        pytest.param("resnetaa50", 455, (64, 96), marks=pytest.mark.slow),
+        pytest.param("resnetrs50", 455, (75,), marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_any_resnet_of_timm_has_a_space(name, count, sizes):
     space = SearchSpace(name, "4" if count == 1 else None)

@@ -361,6 +361,7 @@ def test_torch_export(name, layout):
         close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 @each_export
 def test_onnx_export(name, layout, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
