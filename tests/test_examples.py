@@ -27,6 +27,7 @@ def photos(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_becomes_a_network_that_names_them(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     example = runpy.run_path(str(EXAMPLES / "own_images.py"))
@@ -38,6 +39,7 @@ def test_a_folder_of_photos_becomes_a_network_that_names_them(photos, tmp_path, 
     assert (tmp_path / "search" / "search.json").exists() and (tmp_path / "training" / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_zoo_is_fine_tuned(photos):
     example = runpy.run_path(str(EXAMPLES / "finetune.py"))
     assert example["main"]([str(photos), "--epochs", "4", "--batch-size", "8"]) > 0.8
@@ -70,6 +72,7 @@ def space():
         demo.close()
 
 
+@pytest.mark.slow
 def test_the_demo_is_clicked(space, photos):
     from gradio_client import Client, handle_file
 

@@ -60,6 +60,7 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
+@pytest.mark.slow
 def test_a_terminal_has_one_live_line_for_the_whole_run_and_a_log_a_line_for_each_epoch(
     image_folder, tmp_path, capsys, caplog
 ):
