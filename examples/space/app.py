@@ -38,7 +38,7 @@ def staircase(name: str) -> Figure:
     sides = bmsn_zoo.backbone_of("bmsn_resnet20").resolutions(layout, size)
     steps = sorted(set(sides), reverse=True)
     figure = Figure(figsize=(4, 2.2), layout="constrained")
-    axes = figure.add_subplot(title=f"layout {layout}", xlabel="unit", ylabel="pixels")
+    axes = figure.add_subplot(title=f"{layout}: where it downsamples", xlabel="unit", ylabel="pixels")
     axes.bar(range(len(sides)), sides, width=1, color=[COLORS[steps.index(side)] for side in sides], edgecolor="white")
     axes.set_yticks(steps)
     axes.set_xticks(range(len(sides)))
@@ -65,7 +65,7 @@ with gr.Blocks(title="Where should a network downsample?") as demo:
     with gr.Row():
         for kind in KINDS.values():
             with gr.Column():
-                outputs += [gr.Label(num_top_classes=3, label=kind), gr.Plot(label="where it downsamples")]
+                outputs += [gr.Label(num_top_classes=3, label=kind), gr.Plot(show_label=False)]
     gr.on([button.click, image.upload, trained_on.change, demo.load], classify, [image, trained_on], outputs)
 
 if __name__ == "__main__":
