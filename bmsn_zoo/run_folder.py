@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from . import progress
 from .command import follow, followed
-from .config import ConfigT, DataConfig, build_config, changed_settings
+from .config import ConfigT, DataConfig, SearchConfig, TrainConfig, build_config, changed_settings
 from .errors import InputError, first_line
 from .files import one_line, read_json, read_yaml, sha256, write_bytes, write_json, write_text
 from .launch import rank, several_hosts
@@ -103,8 +104,20 @@ def last_precision(output: Path) -> str | None:
     return "no" if precision == "fp32" else precision
 
 
+def run_name(config: SearchConfig | TrainConfig) -> str:
+    """What a run is, as the name of its folder, such as "search-photos-m4-s0" or "train-photos-4-3-3-s0"."""
+    data = re.sub(r"[^\w.-]+", "-", Path(config.dataset_id or config.dataset).expanduser().resolve().name)[:40]
+    if isinstance(config, TrainConfig):
+        what = config.layout or "default"
+    elif config.strategy != "balanced":
+        what = config.strategy
+    else:  # of those that fit the number of images, nobody knows it yet
+        what = f"m{config.mixture_size}" if "mixture_size" in config.model_fields_set else ""
+    return "-".join(filter(None, (_kind(type(config)), data.strip("-.") or "data", what, f"s{config.seed}")))
+
+
 @contextmanager
-def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolder]":
+def open_run(kind: str, output: Path | None, resume: bool, name: str = "run") -> "Iterator[RunFolder]":
     """The folder of a run, which is taken for it until the block ends: nobody else writes there.
 
     It is made at once, so that a place where nothing can be written is noticed before anything is computed, and
@@ -114,6 +127,7 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
         kind: "search" or "train".
         output: the folder; a new one under runs/ if None.
         resume: whether it holds a run to continue.
+        name: of a new one; a number is appended if it is taken.
 
     Raises:
         InputError: if it cannot be written, is in use, holds files already, or holds nothing to resume.
@@ -123,7 +137,7 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
         folder, error = None, None
         if PartialState().is_main_process:
             try:
-                folder = stack.enter_context(_take(kind, output, resume))
+                folder = stack.enter_context(_take(kind, output, resume, name))
             except InputError as mistake:
                 error = mistake
         told = [(folder and (folder.path, folder.epoch, folder.marks()), error is not None)]
@@ -151,9 +165,8 @@ def open_run(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolde
 
 
 @contextmanager
-def _take(kind: str, output: Path | None, resume: bool) -> "Iterator[RunFolder]":
-    stamp = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-    choices = [output] if output else [RUNS / stamp, *(RUNS / f"{stamp}-{number}" for number in range(2, 100))]
+def _take(kind: str, output: Path | None, resume: bool, name: str) -> "Iterator[RunFolder]":
+    choices = [output] if output else [RUNS / name, *(RUNS / f"{name}-{number}" for number in range(2, 10_000))]
     made: list[Path] = []
     lock = None
     try:

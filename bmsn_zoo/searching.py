@@ -17,7 +17,7 @@ from .errors import InputError
 from .one_shot import OneShotSearch
 from .optimizer import create_optimizer, set_learning_rate
 from .relaxed import RELAXED, RelaxedSearch
-from .run_folder import RunFolder, last_precision, open_run, resolve_config
+from .run_folder import RunFolder, last_precision, open_run, resolve_config, run_name
 from .spending import cost_quarters, decay_powers
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import STRATEGIES, Draw, Strategy, create_strategy
@@ -44,7 +44,7 @@ def search(config: SearchConfig, output: Path | None = None, resume: bool = Fals
     """
     kind = _kind(config.strategy)
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
-    with open_run("search", output, resume) as folder:
+    with open_run("search", output, resume, run_name(config)) as folder:
         kind(config, folder, accelerator).run()
     return folder.path
 

@@ -51,6 +51,7 @@ from .run_folder import (
     load_training_state,
     open_run,
     resolve_config,
+    run_name,
     save_tensors,
     save_training_state,
 )
@@ -88,7 +89,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
         InputError: for a setting that cannot be used (nothing is written then), or if the loss diverges.
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
-    with open_run("train", output, resume) as folder:
+    with open_run("train", output, resume, run_name(config)) as folder:
         Training(config, folder, accelerator).run()
     return folder.path
 

@@ -28,6 +28,7 @@ _ABOUT = {
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
     "predict": "Print the most probable labels of images.",
     "compare": "Compare finished searches, layouts of one with several seeds, or strategies on published accuracies.",
+    "runs": "List runs: what they found, or how far they are and how to resume them.",
     "report": "Show runs: tables here, pictures in their folders, and one HTML page of all of them.",
 }
 _EXAMPLES = {
@@ -37,6 +38,7 @@ _EXAMPLES = {
     "evaluate": "bmsn_resnet20_cifar10",
     "predict": "runs/photos-trained photo.jpg more_photos",
     "compare": "runs/photos-seed0 runs/photos-seed1",
+    "runs": "",
     "report": "runs/photos",
 }
 # what `--help` shows of many flags; `--help-all` shows every one
@@ -48,7 +50,7 @@ _FIRST = {
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The command line of one of our modules."""
-    example = f"example:\n  {start_of(command)} {_EXAMPLES[command]}"
+    example = f"example:\n  {start_of(command)} {_EXAMPLES[command]}".rstrip()
     script = Path(sys.argv[0]).name if sys.argv else ""
     prog = script if script.startswith("bmsn-") else f"python -m bmsn_zoo.{_MODULES.get(command, command)}"
     if command in _RUNS:
@@ -85,6 +87,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", type=Path, metavar="FILE", help="also write the table as .md, the plays as .csv"
         )
+    elif command == "runs":
+        parser.add_argument("folder", nargs="?", type=Path, help="where their folders are (default: runs)")
     elif command == "report":
         parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
         parser.add_argument(

@@ -16,7 +16,7 @@ import bmsn_zoo.run_folder
 import bmsn_zoo.searching
 import bmsn_zoo.training
 from bmsn_zoo import InputError
-from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.config import SearchConfig, TrainConfig
 from bmsn_zoo.files import read_json, write_json, write_text
 from bmsn_zoo.run_folder import (
     RunFolder,
@@ -25,6 +25,7 @@ from bmsn_zoo.run_folder import (
     load_tensors,
     load_training_state,
     open_run,
+    run_name,
     save_tensors,
     save_training_state,
 )
@@ -122,15 +123,19 @@ def test_latest_search(tmp_path, monkeypatch):
 # taking a folder
 
 
-def test_new_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+def test_new_runs_are_named_after_what_they_are_and_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bmsn_zoo.run_folder.time, "strftime", lambda _: "20300101-120000")
-    with open_run("search", None, False) as first, open_run("search", None, False) as second:
-        assert [folder.path.name for folder in (first, second)] == [
-            "search-20300101-120000",
-            "search-20300101-120000-2",
-        ]
-    assert not (tmp_path / "runs").exists(), "neither has begun"
+    for config, name in (
+        (SearchConfig(dataset="me/my photos/", mixture_size=4), "search-my-photos-m4-s0"),
+        (SearchConfig(dataset="x", dataset_id="uoft-cs/cifar10", strategy="darts", seed=3), "search-cifar10-darts-s3"),
+        (SearchConfig(dataset="."), f"search-{tmp_path.name}-s0"),
+        (TrainConfig(dataset="photos", layout="4-3-3", seed=1), "train-photos-4-3-3-s1"),
+        (TrainConfig(), "train-digits-default-s0"),
+    ):
+        assert run_name(config) == name
+        with open_run("search", None, False, name) as first, open_run("search", None, False, name) as second:
+            assert [folder.path for folder in (first, second)] == [Path("runs") / name, Path("runs") / f"{name}-2"]
+        assert not (tmp_path / "runs").exists(), "neither has begun"
 
 
 def test_a_folder_is_taken_by_one_run(tmp_path, run):

@@ -1,0 +1,39 @@
+"""The list of runs: finished, unfinished, damaged."""
+
+import json
+import shutil
+
+from bmsn_zoo import runs as runs_module
+from bmsn_zoo.results import TrainResult
+
+
+def test_runs_are_listed_with_what_they_found_and_how_to_resume_them(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/opt/bin/bmsn-runs"])
+    assert runs_module.main([]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: no runs in runs: start one with bmsn-search, or give the folder they are in\n"
+    )
+
+    shutil.copytree(runs.search, "runs/search-compass-m2-s0")
+    shutil.copytree(runs.default, "runs/train-compass-4-3-3-s0-with-a-name-that-is-long-enough")
+    shutil.copytree(runs.search, "runs/killed")
+    state = json.loads((tmp_path / "runs/killed/run.json").read_text())
+    (tmp_path / "runs/killed/run.json").write_text(json.dumps({**state, "finished": False}))
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/run.json").write_text("{")
+    (tmp_path / "runs/trackio").mkdir()  # no run
+    assert runs_module.main([]) == 0
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert all(len(line) <= 80 for line in printed.splitlines() if "damaged" not in line), printed
+    assert "found " in lines["runs/search-compass-m2-s0"] and lines["runs/search-compass-m2-s0"].endswith("  finished")
+    assert lines["runs/killed"].endswith("  1 of 1 epochs")
+    assert "  resume: bmsn-search --output runs/killed --resume\n" in printed
+    assert "damaged: run.json" in printed
+    long, below = printed[printed.index("runs/train-") :].splitlines()[:2]
+    assert long == "runs/train-compass-4-3-3-s0-with-a-name-that-is-long-enough"
+    accuracy = TrainResult.read(runs.default / "metrics.json").test_accuracy
+    assert f"4-3-3, {100 * accuracy:.2f} % on test" in below
+    assert below.index("compass") == lines["folder"].index("data"), "columns are aligned"
