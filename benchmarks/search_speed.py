@@ -164,6 +164,9 @@ def against(config: SearchConfig, repeats: int, other: Path) -> dict[str, dict[s
 
     def measure(root: Path) -> dict[str, float]:
         settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2"]
+        known = (root / "bmsn_zoo" / "config.py").read_text(encoding="utf-8")
+        for name, flags in {"confirm": ["--confirm", "0"], "latency": ["--no-latency"]}.items():
+            settings += flags if f"\n    {name}: " in known else []  # neither is evaluating
         rows, result = search_process(config, [sys.executable], *settings, root=root)
         steps = [row["seconds"] / sum(row["draws"]) for row in rows[1:]]
         rest = result["duration_seconds"] - sum(row["seconds"] for row in rows)
