@@ -144,22 +144,28 @@ class OneShotSearch(SearchBase):
         return supernet(images)
 
     def try_memory(self) -> None:
-        """Try a step of the dearest layout, without its update: too little memory shows now, not at a random step.
+        """Try a step of the dearest layout, without its update, and its evaluation: too little memory shows now, not
+        at a random step or the end.
 
-        Nothing is changed or drawn by it. On a CPU, where it costs time, only steps of up to 10^11 multiply-accumulates
-        are tried, which take a few seconds; memory that lacks in others ends the run when they come.
+        Nothing is changed or drawn by it. On a CPU, where it costs time, only up to 10^11 multiply-accumulates are
+        tried, a few seconds; memory that lacks for more ends the run when that comes.
 
         Raises:
             InputError: if there is too little memory.
         """
         config, size, parts = self.config, self.source.image_size, self.role.shard[1]
-        if self.device.type == "cpu" and self.spending.dearest > parts * _TRIED_ON_CPU:
-            return
-        dearest = max(self.space, key=lambda layout: self.space.macs(layout, size, config.in_chans))
+        macs, dearest = max((self.space.macs(layout, size, config.in_chans), layout) for layout in self.space)
         supernet, batch = self.trainers[self.role.owned[0]].supernet, config.batch_size // parts
+        evaluated = min(config.eval_batch_size, len(self.score_split))
+        if self.device.type == "cpu" and self.spending.dearest // parts + evaluated * macs > _TRIED_ON_CPU:
+            return
         try:
-            images = torch.zeros(batch, config.in_chans, size, size, device=self.device)
+            images = torch.zeros(max(batch, evaluated), config.in_chans, size, size, device=self.device)
             images = images.to(memory_format=torch.channels_last)
+            with self.accelerator.autocast(), full_float32():
+                labels = torch.zeros(evaluated, dtype=torch.int64, device=self.device)
+                count_correct(supernet, self.space.subset([dearest]), images[:evaluated], labels)
+            images = images[:batch]
             with self.accelerator.autocast():
                 loss = self.run_dearest(supernet, dearest, images).float().logsumexp(1).sum()
             torch.autograd.grad(loss, list(supernet.parameters()), allow_unused=True)  # leaves no gradients behind
@@ -168,7 +174,8 @@ class OneShotSearch(SearchBase):
                 raise
             raise InputError(
                 f"layout {dearest}, the dearest of {len(self.space)}, does not fit into memory with {batch} images a "
-                "step: use --max-macs to search cheaper ones, a smaller --batch-size, or --grad-checkpointing"
+                f"step and {evaluated} in the evaluation: use --max-macs to search cheaper ones, smaller --batch-size "
+                "or --eval-batch-size, or --grad-checkpointing"
             ) from error
 
     def wrap(self, supernet: PoolingResNet) -> nn.Module:

@@ -98,18 +98,21 @@ def test_a_search_within_a_budget_tries_the_memory_of_its_dearest_layout(tmp_pat
     most = str(max(space, key=lambda layout: space.macs(layout, 16)))
     assert tried == [(most, (16, 3, 16, 16))]
 
-    def too_much(search, supernet, layout, images):
+    def too_much(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(one_shot.OneShotSearch, "try_memory", plain)
-    monkeypatch.setattr(one_shot.OneShotSearch, "run_dearest", too_much)
-    capsys.readouterr()
-    assert run(search_module, *command, "--output", tmp_path / "other") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"layout {most}, the dearest of {len(space)}, does not fit into memory with 16 images" in said
-    assert "--max-macs" in said
-    assert "--grad-checkpointing" in said
-    assert not (tmp_path / "other" / "run.json").exists()
+    for where, what in ((one_shot.OneShotSearch, "run_dearest"), (one_shot, "count_correct")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, too_much)
+            capsys.readouterr()
+            assert run(search_module, *command, "--output", tmp_path / "other") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        need = "16 images a step and 32 in the evaluation"
+        assert f"layout {most}, the dearest of {len(space)}, does not fit into memory with {need}" in said
+        assert "--max-macs" in said
+        assert "--grad-checkpointing" in said
+        assert not (tmp_path / "other" / "run.json").exists()
     monkeypatch.setattr(one_shot, "_TRIED_ON_CPU", 0)  # what would take too long is not tried
     assert run(search_module, *command, "--output", tmp_path / "third") == 0
 
