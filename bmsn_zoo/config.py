@@ -72,19 +72,40 @@ class DataConfig(BaseModel):
         False, "compute what was forgotten again in the backward pass: less memory, a third more time"
     )
     flip: bool = setting(True, "mirror training images at random")
+    crop: str | None = setting(
+        None,
+        "random crops of training images: random-resized, of 8 % of the area or more, or pad, of the padded image; "
+        "that from 128 pixels on, this below",
+        choices=("pad", "random-resized"),
+    )
     crop_padding: int = setting(4, "crop training images at random after padding them by this many pixels", 0, 256)
+    crop_pct: float | None = setting(
+        None,
+        "side of the middle square that evaluation sees, as a part of an image's shorter side; 1, or 0.875 where "
+        "training images are random-resized crops",
+        0.1,
+        1,
+    )
+    store_size: int | None = setting(
+        None,
+        "make a copy of the training images once, of so many pixels on the shorter side, and train on that",
+        8,
+        4096,
+    )
 
     recipe: str | None = setting(None, "settings by name, or from a YAML file; flags win over it", environment=True)
     mixed_precision: str = setting(
         "auto", "auto takes what the device computes natively", choices=PRECISIONS, environment=True
     )
     threads: int | None = setting(None, "CPU threads of each process; all cores shared evenly", 1, environment=True)
-    workers: int | None = setting(None, "processes that read images; one for each thread", 0, environment=True)
     report_to: str | None = setting(
         None,
         "also show the curves of the run in one of these; they need the extra bmsn_zoo[trackers]",
         choices=("tensorboard", "trackio", "wandb"),
         environment=True,
+    )
+    workers: int | None = setting(
+        None, "processes that read images; one for each thread, at most 8", 0, environment=True
     )
     memory_limit: float = setting(4.0, "decoded images up to this many GiB stay in memory, more are streamed", 0)
 

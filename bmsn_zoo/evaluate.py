@@ -123,6 +123,7 @@ def measure(name: str, dataset: str | None = None) -> dict[str, Any]:
     result = TrainResult.read(folder / "metrics.json")
     settings = {**with_reachable_data(result.settings), "limit": None, "mixed_precision": "no"}
     settings |= {"dataset": dataset or settings["dataset"], "image_size": result.dataset.image_size}
+    settings["crop_pct"] = result.dataset.crop_pct
     config = build_config(TrainConfig, settings)
     accelerator = runtime.start(config)
     test = DataSource(config, torch.get_num_threads()).test()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .errors import InputError, first_line
 
 
-def preparation(channels: int, side: int) -> str:
+def preparation(channels: int, side: int, crop_pct: float) -> str:
     """How an image becomes the input of a network: what `data.to_pixels` does, for all that we publish."""
     return (
         f"turned upright as EXIF says, transparency laid on white, {'RGB' if channels == 3 else 'gray'}, the shorter "
-        f"side resized to {side} pixels (bicubic), the middle {side}x{side} cut out"
+        f"side resized to {int(side / crop_pct)} pixels (bicubic), the middle {side}x{side} cut out"
     )
 
 
@@ -93,10 +93,11 @@ def export_onnx(model: nn.Module, path: Path, label_names: Sequence[str] = ()) -
     network = _FromBytes(model, config["mean"], config["std"])
     proto = _program(network.eval(), torch.zeros(2, *side, channels, dtype=torch.uint8)).model_proto
     _strip(proto)
+    prepared = preparation(channels, side[0], config["crop_pct"])
     about = {
         "architecture": config["architecture"],
         "layout": model.layout,
-        "images": f"uint8, (batch, height, width, channels): {preparation(channels, side[0])}; normalised inside",
+        "images": f"uint8, (batch, height, width, channels): {prepared}; normalised inside",
         "license": config["license"],
         "label_names": list(label_names),
     }

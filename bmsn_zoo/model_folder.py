@@ -49,6 +49,7 @@ def save_model(
         onnx: write model.onnx too.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    data = metrics.dataset
     model = model.to(memory_format=torch.contiguous_format)  # safetensors asks for it
     args = getattr(model, "_model_args", {}) | {"layout": model.layout}  # older timm does not keep them
     save_for_hf(
@@ -56,7 +57,7 @@ def save_model(
         str(folder),
         model_config={
             "label_names": label_names,
-            "preprocessing": preparation(metrics.dataset.in_chans, metrics.dataset.image_size),
+            "preprocessing": preparation(data.in_chans, data.image_size, data.crop_pct),
         },
         model_args={key: args[key] for key in _ARGUMENTS if key in args},
         safe_serialization=True,
@@ -118,6 +119,7 @@ def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
         ("layout", model.layout, metrics.layout),
         ("number of parameters", sum(p.numel() for p in model.parameters()), metrics.parameters),
         ("input_size", list(cfg["input_size"]), size),
+        ("crop_pct", cfg["crop_pct"], record.crop_pct),
         ("mean", list(cfg["mean"]), record.mean),
         ("std", list(cfg["std"]), record.std),
         ("label_names", list(cfg.get("label_names") or ()), record.label_names),

@@ -1,7 +1,10 @@
 """What every one-shot search does around its steps: images, supernets, checkpoints, the evaluation and the result."""
 
+import functools
+import itertools
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +23,11 @@ from .data import (
     ORDER,
     SCORE_ORDER,
     Augmentation,
-    ImageSet,
     check_batch_size,
     even_batches,
     normalise,
     random_stream,
     shuffled_batches,
-    to_device,
 )
 from .errors import InputError
 from .evaluate import full_float32
@@ -106,7 +107,8 @@ class OneShotSearch(SearchBase):
             )
         if config.confirm:  # in which all processes train together
             check_batch_size(config.batch_size, accelerator.num_processes)
-        self.weight_split, self.score_split = map(self.data.images.near(self.device).select, self.halves)
+        self.images = self.data.images.near(self.device)
+        self.weight_split, self.score_split = map(self.images.select, self.halves)
         self.epoch_steps = self.role.epoch_steps(min(map(len, self.halves)), config.batch_size)
 
         # M supernets, each with an optimizer of its own
@@ -265,10 +267,10 @@ class OneShotSearch(SearchBase):
 
     def batches(self, epoch: int) -> Any:
         """The steps of an epoch that are ours, each with a batch to train on and one to score on, as a progress bar."""
-        steps = self.steps(epoch)
+        count = len(self.steps(epoch))
         whole = self.spending.total - self.config.evaluate_last * self.spending.evaluation
-        work = len(steps) * whole / (self.spending.last + 1)
-        return Bar(self._batches(epoch, steps), len(steps), self._title(epoch), work)
+        work = count * whole / (self.spending.last + 1)
+        return Bar(itertools.islice(self._stream, count), count, self._title(epoch), work)
 
     def steps(self, epoch: int) -> range:
         """Those of an epoch that are ours, counted over all epochs."""
@@ -288,23 +290,31 @@ class OneShotSearch(SearchBase):
             return f"epoch {epoch + 1}/{self.config.epochs}"
         return f"epoch {epoch + 1}, {self.spending.progress(epoch * self.epoch_steps):.0%} of the budget"
 
-    def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, _Batch, _Batch]]:
-        """The steps with augmented images to train on and plain ones to score on."""
-        config, role, data = self.config, self.role, self.data
-        augment = Augmentation(config.crop_padding, config.flip)
-        rng = random_stream(config.seed, AUGMENT, epoch)
-        crops = augment.draw(self.epoch_steps, config.batch_size, rng, role.shard)[role.turns]
+    @functools.cached_property
+    def _stream(self) -> Iterator[tuple[int, _Batch, _Batch]]:
+        """All steps from this epoch on: augmented images to train on, and plain ones to score on.
 
-        def in_turn(images: ImageSet, purpose: int) -> Iterator[_Batch]:
-            rng = random_stream(config.seed, purpose, epoch)
-            order = shuffled_batches(len(images), config.batch_size, rng, role.shard)[: self.epoch_steps]
-            return images.batches(order[role.turns], self.device)
+        One stream, since workers then read ahead into the next epoch, and the same ones read for both.
+        """
+        data, epochs = self.data, range(self.folder.epoch, self.config.epochs or sys.maxsize)
+        augment = self.source.augmentation(self.config.flip)
+        order = itertools.chain.from_iterable(self._order(epoch, augment) for epoch in epochs)
+        found = self.images.batches(order, self.device, augment)
+        batches = ((normalise(images, data.mean, data.std), labels) for images, labels in found)
+        steps = itertools.chain.from_iterable(map(self.steps, epochs))
+        return zip(steps, batches, batches, strict=False)
 
-        weight, score = in_turn(self.weight_split, ORDER), in_turn(self.score_split, SCORE_ORDER)
-        batches = zip(steps, to_device(crops, self.device), weight, score, strict=True)
-        for step, drawn, (images, labels), (score_images, score_labels) in batches:
-            images, score_images = (normalise(i, data.mean, data.std) for i in (augment(images, drawn), score_images))
-            yield step, (images, labels), (score_images, score_labels)
+    def _order(self, epoch: int, augment: Augmentation) -> Iterator[tuple[np.ndarray, Tensor | None]]:
+        """Positions of the images of an epoch, those to train on and those to score on in turn, and what was drawn."""
+        size, seed, role, steps = self.config.batch_size, self.config.seed, self.role, self.epoch_steps
+        crops = augment.draw(steps, size, random_stream(seed, AUGMENT, epoch), role.shard, self.device)
+        weight, score = (
+            shuffled_batches(len(half), size, random_stream(seed, purpose, epoch), role.shard)[:steps]
+            for half, purpose in zip(self.halves, (ORDER, SCORE_ORDER), strict=True)
+        )
+        for step in range(steps)[role.turns]:
+            yield self.halves[0][weight[step]], crops[step]
+            yield self.halves[1][score[step]], None
 
     def _describe_epoch(self, epoch: int, done: float, sums: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""

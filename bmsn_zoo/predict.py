@@ -56,8 +56,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
     """The most probable labels of images, with their probabilities, best first.
 
-    An image becomes the network's input as the images of its training did, see `data.pixels.to_pixels`; where a
-    network of timm looks at a part of the image (`crop_pct`), the middle of a larger square.
+    An image becomes the network's input as test images do, see `data.pixels.to_pixels`.
 
     Args:
         model: in evaluation mode; its `pretrained_cfg` says what it takes, and how its classes are called.
@@ -69,19 +68,18 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5) -> Iterator[t
     """
     cfg: Any = model.pretrained_cfg
     chans, size = cfg["input_size"][0], cfg["input_size"][-1]
-    side = int(size / (cfg.get("crop_pct") or 1))
-    start, names, device = (side - size) // 2, cfg.get("label_names"), PartialState().device
+    short, names, device = int(size / (cfg.get("crop_pct") or 1)), cfg.get("label_names"), PartialState().device
     model = model.to(device)
     for first in range(0, len(files), _BATCH):
         group, pixels = files[first : first + _BATCH], []
         for file in group:
             try:
                 with Image.open(file) as image:
-                    square = to_pixels(image, side, chans)
+                    square = to_pixels(image, size, chans, short=short)
             except Exception as error:  # decoders of damaged files raise anything
                 reason = first_line(error) or type(error).__name__
                 raise InputError(f"{file} cannot be read as an image: {reason}") from None
-            pixels.append(torch.from_numpy(square[start : start + size, start : start + size].copy()))
+            pixels.append(torch.from_numpy(square.copy()))
         logits = model(normalise(torch.stack(pixels).to(device), cfg["mean"], cfg["std"])).float()
         best = logits.softmax(1).topk(min(top, logits.shape[1]))
         for file, shares, classes in zip(group, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -242,6 +242,8 @@ class DatasetRecord(Record):
         on_hub: whether `id` is a Hub id, as decided when the run loaded it.
         revision: branch, tag or commit on the Hub.
         fingerprint: of the training images and their labels.
+        crop_pct: side of what evaluation sees of an image, as a part of its shorter side.
+        store_size: shorter side of the copies of the training images, if they were shrunk.
         mean: of every channel, a fraction of full brightness.
         std: standard deviation of every channel.
     """
@@ -253,6 +255,8 @@ class DatasetRecord(Record):
     image_column: str
     label_column: str
     image_size: Annotated[int, Field(ge=1, le=2**16)]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    store_size: int | None = None
     in_chans: Literal[1, 3]
     label_names: Names
     mean: list[float]

@@ -1,5 +1,6 @@
 """Training of one layout, to a folder that the Hub and timm take as it is."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -69,7 +70,10 @@ _INHERITED = [
     "model",
     "pretrained",
     "flip",
+    "crop",
     "crop_padding",
+    "crop_pct",
+    "store_size",
 ]  # from the search of the layout
 
 
@@ -176,10 +180,12 @@ class Training:
         self._restore()
         progress.begin(self.work, self.work * folder.epoch / config.epochs, folder.dry)
 
+        stream = self._batches()
         for epoch in range(folder.epoch, config.epochs):
             started = time.monotonic()
             steps = range(epoch * self.epoch_steps, (epoch + 1) * self.epoch_steps)
-            bar = Bar(self._batches(epoch, steps), len(steps), self._title(epoch), self.work / config.epochs)
+            batches = itertools.islice(stream, len(steps))
+            bar = Bar(batches, len(steps), self._title(epoch), self.work / config.epochs)
             lag, sums = Lag[int](), np.zeros(2)
             torch.manual_seed(config.seed + epoch * self.shard[1] + self.shard[0])  # dropout alone uses this stream
             self.model.train()
@@ -234,30 +240,40 @@ class Training:
         alone = f"{self.layout} alone, " if self.is_trial else ""
         return f"{alone}epoch {epoch + 1}/{self.config.epochs}"
 
-    def _batches(self, epoch: int, steps: range) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Steps of an epoch: augmented images, their targets (mixed if so asked), and their labels, on the device."""
-        config, data = self.config, self.data
-        order = shuffled_batches(
-            len(self.images), config.batch_size, random_stream(config.seed, ORDER, epoch), self.shard
-        )
-        augment = Augmentation(config.crop_padding, config.flip and not config.alternate_flip)
-        crops = augment.draw(len(steps), config.batch_size, random_stream(config.seed, AUGMENT, epoch), self.shard)
-        if config.alternate_flip:
-            first = random_stream(config.seed, AUGMENT).integers(0, 2, len(self.images))
-            crops[:, 2] = torch.from_numpy((first[np.stack(order)] + epoch) % 2)
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """All steps from this epoch on: augmented images, their targets (mixed if so asked), and their labels.
+
+        One stream, since workers then read ahead into the next epoch.
+        """
+        config, data, begin = self.config, self.data, self.folder.epoch
+        augment = self.source.augmentation(config.flip and not config.alternate_flip)
+        order = itertools.chain.from_iterable(self._order(epoch, augment) for epoch in range(begin, config.epochs))
         mix = None
         if config.mixup or config.cutmix:
             classes = len(data.label_names)
             mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
-        batches = zip(steps, to_device(crops, self.device), self.images.batches(order, self.device), strict=True)
-        for step, drawn, (images, labels) in batches:
-            inputs, targets = normalise(augment(images, drawn), data.mean, data.std), labels
+        for step, (images, labels) in enumerate(
+            self.images.batches(order, self.device, augment), begin * self.epoch_steps
+        ):
+            inputs, targets = normalise(images, data.mean, data.std), labels
             if mix is not None:
                 # timm draws from numpy's global stream
                 np.random.seed(random_stream(config.seed, MIX, step, self.shard[0]).integers(2**32))
                 inputs, targets = mix(inputs, labels)
             yield step, inputs, targets, labels
+
+    def _order(self, epoch: int, augment: Augmentation) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Positions of the images of an epoch's steps, and what was drawn for them."""
+        config, rng = self.config, random_stream(self.config.seed, AUGMENT, epoch)
+        order = shuffled_batches(
+            len(self.images), config.batch_size, random_stream(config.seed, ORDER, epoch), self.shard
+        )
+        crops = augment.draw(self.epoch_steps, config.batch_size, rng, self.shard)
+        if config.alternate_flip:
+            first = random_stream(config.seed, AUGMENT).integers(0, 2, len(self.images))
+            crops[:, -1] = torch.from_numpy((first[np.stack(order)] + epoch) % 2)
+        return zip(order, crops if augment.resized else to_device(crops, self.device), strict=True)
 
     def _describe_epoch(self, epoch: int, means: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `means` are the loss and the accuracy on augmented training images."""
@@ -375,6 +391,7 @@ def create_network(
             "input_size": (config.in_chans, data.image_size, data.image_size),
             "mean": data.mean,
             "std": data.std,
+            "crop_pct": data.crop_pct,
         },
     )
 

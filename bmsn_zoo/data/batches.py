@@ -1,16 +1,19 @@
 """Batches of an epoch: their order, their images, what augments them, and their way to the device."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from ..errors import InputError
-from .pixels import RowLoader, RowReader
+from .pixels import RowLoader, RowReader, middle, seeded
 
 # purposes of random numbers, so that no two streams of one seed are alike
 ORDER, AUGMENT, SCORE_ORDER, SPLIT, MIX, CHOICE = range(6)
@@ -124,13 +127,38 @@ class ImageSet:
         return RowLoader(self.reader, self.workers)
 
     def batches(
-        self, order: Sequence[np.ndarray], device: torch.device | None = None
+        self,
+        order: Iterable[np.ndarray | tuple[np.ndarray, Tensor | None]],
+        device: torch.device | None = None,
+        augment: "Augmentation | None" = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes (B, H, W, C) and labels (B,) of each array of positions in `order`, in turn, on a device or the CPU."""
-        device, rows, pixels = device or torch.device("cpu"), [self.rows[each] for each in order], self.pixels
-        images = self._loader.read(rows) if pixels is None else (_take(pixels, batch) for batch in rows)
-        for positions, batch in zip(order, images, strict=True):
-            yield to_device(batch, device), to_device(_take(self.labels, positions), device)
+        """Bytes (B, H, W, C) and labels (B,) of batches of images in turn, on a device or the CPU.
+
+        Args:
+            order: positions of each batch, or these and what `augment` drew for it; workers read ahead in it. Another
+                call ends the one before, if images are streamed.
+            device: where to.
+            augment: what to do to those batches for which something was drawn.
+        """
+        device = device or torch.device("cpu")
+        pairs = ((each, None) if isinstance(each, np.ndarray) else each for each in order)
+        now, ahead = itertools.tee(pairs)
+        if self.pixels is None:
+            images = self._loader.read((self._wanted(*pair, augment) for pair in ahead), device.type == "cuda")
+        else:
+            images = (_take(self.pixels, self.rows[positions]) for positions, _ in ahead)
+        for (positions, drawn), batch in zip(now, images, strict=True):
+            batch = to_device(batch, device)
+            if drawn is not None and augment is not None and not (self.pixels is None and augment.resized):
+                batch = augment(batch, drawn)
+            elif batch.shape[1] != self.reader.size:
+                batch = middle(batch, self.reader.size)
+            yield batch, to_device(_take(self.labels, positions), device)
+
+    def _wanted(self, positions: np.ndarray, drawn: Tensor | None, augment: "Augmentation | None") -> np.ndarray:
+        """What workers are asked for: images, or random resized crops of them."""
+        rows = self.rows[positions]
+        return rows if drawn is None or not (augment and augment.resized) else np.vstack([rows, drawn.numpy()])
 
 
 def _take(tensor: Tensor, positions: np.ndarray) -> Tensor:
@@ -147,36 +175,69 @@ class Augmentation:
     Args:
         crop_padding: black pixels on every side before a random crop of the old size.
         flip: mirror every image with probability one half.
+        resized: side of random resized crops in pixels, as timm draws them, instead; workers make those of streamed
+            images, of the whole image, and the device those of images in memory, of their middle squares.
     """
 
     crop_padding: int
     flip: bool
+    resized: int | None = None
 
-    def draw(self, steps: int, batch_size: int, rng: np.random.Generator, shard: tuple[int, int] = (0, 1)) -> Tensor:
-        """Random numbers of an epoch, for `__call__` in each step, int64 (steps, 3, B).
+    def draw(
+        self,
+        steps: int,
+        batch_size: int,
+        rng: np.random.Generator,
+        shard: tuple[int, int] = (0, 1),
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Random numbers of an epoch, for `__call__` in each step, int64 (steps, 3 or 2, B).
 
         Args:
             steps: of the epoch, over all processes.
             batch_size: images of a step over all processes: what is drawn does not depend on their number.
             rng: the same on every process.
             shard: this process and how many there are.
+            device: where they are used, which those of resized crops are not.
 
         Returns:
-            of each image of this process's shards, where its crop starts (row and column), and whether to mirror it.
+            of each image of this process's shards, where its crop starts (row and column), or the seed of its resized
+            crop; and last, whether to mirror it.
         """
-        shifts = rng.integers(0, 2 * self.crop_padding + 1, (steps, 2, batch_size))
+        if self.resized:
+            crops = rng.integers(0, 2**31, (steps, 1, batch_size))
+        else:
+            crops = rng.integers(0, 2 * self.crop_padding + 1, (steps, 2, batch_size))
         flips = rng.random((steps, 1, batch_size)) < (0.5 if self.flip else 0.0)
-        return torch.from_numpy(np.concatenate([shifts, flips], axis=1)[:, :, shard[0] :: shard[1]])
+        drawn = torch.from_numpy(np.concatenate([crops, flips], axis=1)[:, :, shard[0] :: shard[1]])
+        return drawn if device is None or self.resized else to_device(drawn, device)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Augment bytes (B, H, W, C), on the device of both; the input is not modified.
+        """Augment bytes (B, H, W, C), on their device; the input is not modified.
 
         Args:
             images: this process's shard of a batch.
-            drawn: its numbers as `draw` makes them, (3, B).
+            drawn: its numbers as `draw` makes them, (3, B) on that device, or (2, B) on the CPU.
         """
+        if self.resized:
+            return crop_and_resize(images, drawn, self.resized)
         crop = crop_with_numpy if images.device.type == "cpu" else crop_with_torch
         return crop(images, drawn, self.crop_padding)
+
+
+def crop_and_resize(images: Tensor, drawn: Tensor, size: int) -> Tensor:
+    """Random resized crops on any device, mirrored or not; a pixel is the mean of what it covers (bilinear)."""
+    seeds, mirrored = drawn.tolist()
+    canvas, boxes = torch.empty(images.shape[1:3], device="meta"), []
+    for index, seed in enumerate(seeds):
+        with seeded(seed):
+            top, left, height, width = RandomResizedCropAndInterpolation.get_params(canvas, (0.08, 1), (3 / 4, 4 / 3))
+        boxes.append([index, left, top, left + width, top + height])
+    where = to_device(torch.tensor(boxes, dtype=torch.float32), images.device)
+    found = roi_align(images.permute(0, 3, 1, 2).float(), where, size, aligned=True)
+    flipped = to_device(torch.tensor(mirrored), images.device).bool()
+    found = torch.where(flipped[:, None, None, None], found.flip(3), found)
+    return found.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def crop_with_numpy(images: Tensor, drawn: Tensor, padding: int) -> Tensor:

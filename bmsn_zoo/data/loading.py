@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,24 @@ def load_splits(config: DataConfig) -> tuple[datasets.DatasetDict, bool]:
         raise InputError(f"dataset {name!r} is not a folder: give a folder or a Hub id such as uoft-cs/cifar10")
     if path.is_dir() and not any(path.iterdir()):
         raise InputError(f"dataset {name!r} is an empty folder: put images or parquet files there")
-    progress, verbosity = datasets.is_progress_bar_enabled(), hub_logging.get_verbosity()
-    datasets.disable_progress_bars()
-    hub_logging.set_verbosity_error()  # the error that follows says all that its retries would
     try:
-        loaded = {split: _plain(table) for split, table in _load(path, config).items()}
+        with quietly():
+            loaded = {split: _plain(table) for split, table in _load(path, config).items()}
         return datasets.DatasetDict(loaded), config.dataset_id is not None or not path.is_dir()
     except InputError:
         raise
     except Exception as error:  # whatever a loader of any format raises is about the user's data set
         raise InputError(f"dataset {name!r} cannot be loaded: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars of `datasets`; and an error that follows says all that the Hub's retries would."""
+    progress, verbosity = datasets.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         hub_logging.set_verbosity(verbosity)
         if progress:

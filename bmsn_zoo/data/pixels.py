@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
@@ -32,17 +34,68 @@ _TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation to PIL's 
 Scale = tuple[float, float]  # values of black and of white
 
 
-def to_pixels(image: Image.Image, size: int, in_chans: int, scales: Mapping[str, Scale] | None = None) -> np.ndarray:
+def to_pixels(
+    image: Image.Image,
+    size: int,
+    in_chans: int,
+    scales: Mapping[str, Scale] | None = None,
+    short: int | None = None,
+    side: int | None = None,
+) -> np.ndarray:
     """One image of any kind as a (size, size, in_chans) array of bytes.
 
-    The rule: turned upright as its EXIF data says; more than 8 bits a channel scaled down to 8, see `find_scale`;
-    transparency laid on white; made RGB or gray; the shorter side resized to `size` (bicubic), then the middle
-    square cut out.
+    The rule: `prepare`; the shorter side resized (bicubic), then the middle square cut out, to the pixel as timm's
+    transform for evaluation does.
 
     Args:
         image: any image.
         size: side of the square in pixels.
         in_chans: 3 for colour, 1 for gray.
+        scales: see `prepare`.
+        short: pixels that the shorter side is resized to; `size` if None.
+        side: of a larger square to return instead, of which that one is the middle, as `middle` cuts it out.
+
+    Raises:
+        ValueError: see `prepare`.
+    """
+    image, short, side = prepare(image, in_chans, scales), short or size, side or size
+    if image.size != (side, side) or short != side:
+        if max(image.size) > 16 * min(image.size):  # what the cut would throw away need not be resized first
+            least = 16 * min(image.size)
+            border: Any = tuple((length - min(length, least)) // 2 for length in image.size)  # a number to its types
+            image = ImageOps.crop(image, border)
+        width, height = (short * length // min(image.size) for length in image.size)
+        left, top = (round((length - size) / 2) - round((side - size) / 2) for length in (width, height))
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return np.asarray(image).reshape(side, side, in_chans)
+
+
+def middle(images: Tensor, size: int) -> Tensor:
+    """The squares of `size` pixels that evaluation takes of bytes (B, H, W, C) that were kept larger."""
+    start = round((images.shape[1] - size) / 2)
+    return images[:, start : start + size, start : start + size]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's random numbers from a seed, as timm's transforms draw them; afterwards they go on as before."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def prepare(image: Image.Image, in_chans: int | None, scales: Mapping[str, Scale] | None = None) -> Image.Image:
+    """An image of any kind in a mode that networks see, of its own size.
+
+    Turned upright as its EXIF data says; more than 8 bits a channel scaled down to 8, see `find_scale`; transparency
+    laid on white; made RGB or gray.
+
+    Args:
+        image: any image.
+        in_chans: 3 for colour, 1 for gray; what it is if None.
         scales: black and white of the modes of more than 8 bits, the same for a whole set; this image's own if None.
 
     Raises:
@@ -65,24 +118,22 @@ def to_pixels(image: Image.Image, size: int, in_chans: int, scales: Mapping[str,
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "RGB" if in_chans == 3 else "L"
-    if image.mode != mode:
-        image = image.convert(mode)
-    if image.size != (size, size):
-        image = _cut_square(image, size)
-    return np.asarray(image).reshape(size, size, in_chans)
+    mode = "RGB" if in_chans == 3 or (in_chans is None and image.mode not in ("L", "1")) else "L"
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _cut_square(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side and cut out the middle, to the pixel as timm's transform for evaluation does."""
-    short = min(image.size)
-    if max(image.size) > 16 * short:  # what the cut would throw away need not be resized first
-        border: Any = tuple((side - min(side, 16 * short)) // 2 for side in image.size)  # a number to pillow 12's types
-        image = ImageOps.crop(image, border)
-    width, height = (size * side // short for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size, top + size))
+def shrink(row: dict[str, Any], column: str, size: int) -> dict[str, Any]:
+    """A row whose image, undecoded, became a JPEG of quality 90 whose shorter side has `size` pixels; not enlarged.
+
+    Images of more than 8 bits a channel, and those that cannot be read, stay as they are.
+    """
+    with contextlib.suppress(Exception), open_image(row[column]) as image:  # who reads it later names the row
+        if deep_mode(image) is None and min(image.size) > size:
+            image, file = prepare(image, None), io.BytesIO()
+            width, height = (size * length // min(image.size) for length in image.size)
+            image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            return {column: {"bytes": file.getvalue(), "path": None}}
+    return {column: row[column]}
 
 
 def deep_mode(image: Image.Image) -> str | None:
@@ -129,10 +180,9 @@ class RowReader(Dataset[Any]):
         column: of the images.
         split: name of the split, for errors.
         rows: those to read, in the order of their positions here.
-        size: side of the square of pixels.
-        in_chans: 3 for colour, 1 for gray.
-        scales: black and white of the modes of more than 8 bits, see `find_scale`.
+        size, in_chans, scales, short, side: for `to_pixels`.
         likely: the format of the last image.
+        names: their numbers in errors; `rows` if None.
     """
 
     source: datasets.Dataset
@@ -143,22 +193,28 @@ class RowReader(Dataset[Any]):
     in_chans: int = 3
     scales: Mapping[str, Scale] | None = None
     likely: str | None = None
+    short: int | None = None
+    side: int | None = None
+    names: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        self.names = self.rows if self.names is None else self.names
         self.source = self.source.select_columns([self.column])
         self.source = self.source.cast_column(self.column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
+    def __getitems__(self, wanted: np.ndarray) -> list[np.ndarray | str]:
+        """Images at some positions (B,), or random resized crops of them: (3, B), with `Augmentation`'s numbers."""
+        positions, *drawn = np.atleast_2d(wanted)
         try:
             values = self.values(positions)
         except InputError as error:
             return [str(error)]
-        return [self._read(row, value) for row, value in zip(self.rows[positions], values, strict=True)]
+        return [self._read(*each) for each in zip(self.names[positions], values, *drawn, strict=True)]
 
-    def values(self, positions: Sequence[int]) -> list[dict[str, Any] | None]:
+    def values(self, positions: np.ndarray) -> list[dict[str, Any] | None]:
         """What the data set holds at some positions, undecoded."""
         try:
             return self.source[self.rows[positions].tolist()][self.column]
@@ -171,11 +227,19 @@ class RowReader(Dataset[Any]):
         reason = first_line(error) or type(error).__name__
         return f"the image in row {row} of split {self.split!r}{file} cannot be read: {reason}"
 
-    def _read(self, row: int, value: dict[str, Any] | None) -> np.ndarray | str:
+    def _read(
+        self, row: int, value: dict[str, Any] | None, seed: int | None = None, mirrored: int = 0
+    ) -> np.ndarray | str:
         try:
             with open_image(value, self.likely) as image:
                 self.likely = image.format
-                return to_pixels(image, self.size, self.in_chans, self.scales)
+                if seed is None:
+                    return to_pixels(image, self.size, self.in_chans, self.scales, self.short, self.side)
+                with seeded(int(seed)):
+                    crop = RandomResizedCropAndInterpolation(self.size, interpolation="bicubic")
+                    image = crop(prepare(image, self.in_chans, self.scales))
+                image = ImageOps.mirror(image) if mirrored else image
+                return np.asarray(image).reshape(self.size, self.size, self.in_chans)
         except Exception as error:  # decoders of damaged files raise anything
             return self.fault(row, value, error)
 
@@ -194,10 +258,27 @@ class RowReader(Dataset[Any]):
                 found.append((path, status.st_size, status.st_mtime_ns))
         return found
 
+    def cache_file(self, folder: str, suffix: str, *about: Any) -> Path | None:
+        """Where to keep what is made of these rows, and how; named by the files that hold them, if they do."""
+        if (files := self.files()) is None:
+            return None
+        rows = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        key = hashlib.sha256(json.dumps([4, files, rows, self.column, *about]).encode()).hexdigest()
+        return Path(datasets.config.HF_DATASETS_CACHE) / f"bmsn_zoo_{folder}" / (key[:32] + suffix)
+
 
 def _stack(rows: list[np.ndarray | str]) -> Tensor | str:
     bad = [row for row in rows if isinstance(row, str)]
     return bad[0] if bad else torch.from_numpy(np.stack(cast(list[np.ndarray], rows)))
+
+
+class _Order:
+    """What workers are to read; another object than the loader, whose workers end when it goes, not some time later."""
+
+    batches: Iterable[np.ndarray] = ()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.batches)
 
 
 class RowLoader:
@@ -206,22 +287,23 @@ class RowLoader:
     def __init__(self, reader: RowReader, workers: int) -> None:
         # torch's handler would raise wherever the main thread is when a worker ends, not where it waits for images
         signal_handling._SIGCHLD_handler_set = True
-        self.order: list[np.ndarray] = []
+        self.order = _Order()
         self.loader = DataLoader(
             reader,
             batch_sampler=self.order,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_stack,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # or it would draw from the one that dropout uses
         )
 
-    def read(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Pixels of each batch of positions, in turn.
+    def read(self, batches: Iterable[np.ndarray], pinned: bool = False) -> Iterator[Tensor]:
+        """Pixels of each batch of what `RowReader` takes, in turn, read ahead; perhaps in memory that CUDA copies from.
 
         Raises:
             InputError: for the first image that cannot be read, or if a worker was killed.
         """
-        self.order[:] = batches
+        self.order.batches, self.loader.pin_memory = batches, pinned
         try:
             for images in self.loader:
                 if isinstance(images, str):
@@ -256,13 +338,13 @@ def cached_pixels(reader: RowReader, workers: int) -> tuple[Tensor, dict[str, An
     Returns:
         bytes (N, H, W, C), and a dictionary of their `mean`, `std` and `sha256`.
     """
-    count, files = len(reader), reader.files()
-    shape = (count, reader.size, reader.size, reader.in_chans)
-    rows = hashlib.sha256(reader.rows.tobytes()).hexdigest()
-    key = hashlib.sha256(json.dumps([3, files, rows, reader.column, shape, reader.scales]).encode()).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "bmsn_zoo_pixels"
-    path = folder / f"{key[:32]}.safetensors"
-    if files is not None and path.exists():
+    count = len(reader)
+    side = reader.side or reader.size
+    shape = (count, side, side, reader.in_chans)
+    cut = [reader.size, reader.short] if reader.short else []
+    path = reader.cache_file("pixels", ".safetensors", shape, reader.scales, *cut)
+    key = path.stem if path else ""
+    if path is not None and path.exists():
         try:
             with safe_open(str(path), "pt") as file:
                 pixels, (check, text) = file.get_tensor("pixels"), json.loads(file.metadata()["checked"])
@@ -280,14 +362,14 @@ def cached_pixels(reader: RowReader, workers: int) -> tuple[Tensor, dict[str, An
         done += len(chunk)
     mean, std = channel_statistics(pixels)
     statistics = {"mean": mean, "std": std, "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
-    if files is not None:
+    if path is not None:
         partial, text = path.with_suffix(f".{os.getpid()}"), json.dumps(statistics)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"pixels": pixels}, partial, {"checked": json.dumps([_check(pixels, key, text), text])})
             os.replace(partial, path)
         except Exception as error:  # a full disk, whatever names it
-            _log.warning("cannot cache the decoded images in %s: %s", folder, first_line(error))
+            _log.warning("cannot cache the decoded images in %s: %s", path.parent, first_line(error))
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
     return pixels, statistics

@@ -1,6 +1,7 @@
 """The splits of any Hugging Face image data set: their columns, classes and images."""
 
 import hashlib
+import logging
 import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,15 +9,18 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from timm.data import DEFAULT_CROP_PCT
 
 from ..config import DataConfig
-from ..errors import InputError, brief
-from .batches import SPLIT, ImageSet, random_stream, stratified_split
-from .loading import default_test_split, load_splits
-from .pixels import RowLoader, RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image
+from ..errors import InputError, brief, first_line
+from .batches import SPLIT, Augmentation, ImageSet, random_stream, stratified_split
+from .loading import default_test_split, load_splits, quietly
+from .pixels import RowLoader, RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image, shrink
 
+_log = logging.getLogger(__name__)
 _STATISTICS_SAMPLE = 4096  # images from which the mean and deviation of a streamed set are measured
 _SAMPLE = 128  # images from which the size of all is found, and the range of values of more than 8 bits
+_LARGE = 128  # pixels of a network's input from which on training images are random resized crops
 _LARGEST = 224  # pixels of a network's input, unless it is asked for more
 
 
@@ -29,6 +33,7 @@ class ImageData:
         label_names: one for every class.
         mean, std: of every channel of the training images, fractions of full brightness.
         fingerprint: hash of labels and pixels (of labels alone where images are streamed).
+        image_size, crop_pct: of the network's input, as timm says it.
     """
 
     images: ImageSet
@@ -37,6 +42,7 @@ class ImageData:
     std: tuple[float, ...]
     fingerprint: str
     image_size: int
+    crop_pct: float = 1.0
 
 
 class Part(NamedTuple):
@@ -57,6 +63,8 @@ class DataSource:
     Attributes:
         training, held_out: where the training and the test images are.
         image_size, size_origin: side of the network's input in pixels, and where that is from, for people.
+        resized: whether training images are random resized crops.
+        crop_pct: side of what evaluation sees of an image, as a part of its shorter side.
 
     Raises:
         InputError: if there is no such data set, split or column, or the labels cannot be learned.
@@ -64,7 +72,7 @@ class DataSource:
 
     def __init__(self, config: DataConfig, threads: int) -> None:
         self.config = config
-        self.workers = threads if config.workers is None else config.workers
+        self.workers = min(threads, 8) if config.workers is None else config.workers
         splits, self.on_hub = load_splits(config)
         train, name = self._take_split(splits, config.train_split), repr(config.dataset)
         self.image_column = _find_column(train.features, config.image_column, "image", name)
@@ -93,7 +101,16 @@ class DataSource:
             raise InputError(f"dataset {name} has one class, {self.label_names[present[0]]!r}: two or more are needed")
         size, self.size_origin, self._scales = self._look()
         self.image_size = config.image_size or size
-        if config.crop_padding >= self.image_size:
+        crop = config.crop or ("random-resized" if self.image_size >= _LARGE else "pad")
+        self.resized = crop == "random-resized"
+        self.crop_pct = config.crop_pct or (DEFAULT_CROP_PCT if self.resized else 1.0)
+        self._short = int(self.image_size / self.crop_pct)  # as timm rounds
+        if config.store_size is not None and config.store_size < self._short:
+            raise InputError(
+                f"store-size {config.store_size} is less than the {self._short} pixels that shorter sides get: "
+                "give more, or a smaller image-size"
+            )
+        if not self.resized and config.crop_padding >= self.image_size:
             raise InputError(
                 f"crop-padding {config.crop_padding} would cut whole images of {self.image_size} pixels away: use less"
             )
@@ -145,6 +162,8 @@ class DataSource:
             "image_column": self.image_column,
             "label_column": self.label_column,
             "image_size": self.image_size,
+            "crop_pct": self.crop_pct,
+            "store_size": self.config.store_size,
             "in_chans": self.config.in_chans,
             "label_names": data.label_names,
             "mean": list(data.mean),
@@ -178,7 +197,7 @@ class DataSource:
         """Median shorter side of some training images, within reason; what it is; scales of more than 8 bits."""
         table, split, rows = self.training
         reader = RowReader(table, self.image_column, split, rows)
-        sample = [*random_stream(0, SPLIT).permutation(len(rows))[:_SAMPLE]]
+        sample = random_stream(0, SPLIT).permutation(len(rows))[:_SAMPLE]
         sides, found, fault = list[int](), dict[str, list[float]](), ""
         for position, value in zip(sample, reader.values(sample), strict=True):
             try:
@@ -198,11 +217,48 @@ class DataSource:
         scales = {mode: find_scale(mode, min(values), max(values)) for mode, values in found.items()}
         return min(side, _LARGEST), origin, scales
 
+    def _shrunk(self, part: Part, size: int) -> datasets.Dataset:
+        """Its images, undecoded and shrunk; written once, beside the data sets' own cache."""
+        reader = RowReader(part.table, self.image_column, part.split, part.rows)
+        file, count = reader.cache_file("shrunk", ".arrow", size), len(part.rows)
+        if file is None or not file.exists():
+            _log.info("shrinking %d images of split %r to %d pixels, once", count, part.split, size)
+        try:
+            with quietly():
+                if file is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                return reader.source.select(part.rows).map(
+                    shrink,
+                    fn_kwargs={"column": self.image_column, "size": size},
+                    features=reader.source.features,
+                    cache_file_name=file and str(file),
+                    new_fingerprint=file and file.stem,
+                    num_proc=self.workers if self.workers > 1 and count > 1000 else None,
+                )
+        except Exception as error:  # a full disk, whatever names it
+            raise InputError(f"store-size {size}: the shrunk copy cannot be made: {first_line(error)}") from error
+
+    def augmentation(self, flip: bool) -> Augmentation:
+        """What is done to training images."""
+        return Augmentation(self.config.crop_padding, flip, self.image_size if self.resized else None)
+
     def _load(self, part: Part) -> ImageData:
-        size, in_chans = self.image_size, self.config.in_chans
-        reader = RowReader(part.table, self.image_column, part.split, part.rows, size, in_chans, self._scales)
+        size, in_chans, train = self.image_size, self.config.in_chans, part is self.training
+        about = dict(size=size, in_chans=in_chans, scales=self._scales)
+        if self._short != size:
+            about["short"] = self._short
+        # training images in memory are kept so large that there is something to crop
+        side = self._short if train and self.resized else size
+        streamed = len(part.rows) * side * side * in_chans > self.config.memory_limit * 2**30
+        if side != size and not streamed:
+            about["side"] = side
         labels, places = torch.from_numpy(self._labels(part)), np.arange(len(part.rows))
-        if len(places) * size * size * in_chans > self.config.memory_limit * 2**30:
+        if train and self.config.store_size:
+            table, rows, about["names"] = self._shrunk(part, self.config.store_size), places, part.rows
+        else:
+            table, rows = part.table, part.rows
+        reader = RowReader(table, self.image_column, part.split, rows, **about)
+        if streamed:
             pixels, sample = None, random_stream(0, SPLIT).permutation(places)[:_STATISTICS_SAMPLE]
             chunks = np.array_split(sample, -(-len(sample) // 64))
             mean, std = channel_statistics(torch.cat(list(RowLoader(reader, self.workers).read(chunks))))
@@ -212,7 +268,7 @@ class DataSource:
             mean, std = tuple(meta["mean"]), tuple(meta["std"])
             fingerprint = hashlib.sha256((meta["sha256"] + str(labels.tolist())).encode()).hexdigest()
         images = ImageSet(labels, places, pixels, reader, self.workers)
-        return ImageData(images, self.label_names, mean, std, fingerprint[:16], size)
+        return ImageData(images, self.label_names, mean, std, fingerprint[:16], size, self.crop_pct)
 
 
 def _find_column(features: datasets.Features, given: str | None, kind: str, dataset: str) -> str:
