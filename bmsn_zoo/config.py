@@ -93,7 +93,11 @@ class DataConfig(BaseModel):
         4096,
     )
 
-    recipe: str | None = setting(None, "settings by name, or from a YAML file; flags win over it", environment=True)
+    recipe: str | None = setting(
+        None,
+        "settings by name, perhaps with -small behind (ends in minutes), or from a YAML file; flags win over it",
+        environment=True,
+    )
     mixed_precision: str = setting(
         "auto", "auto takes what the device computes natively", choices=PRECISIONS, environment=True
     )
@@ -398,7 +402,8 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
     """Settings of a recipe for one kind of run.
 
     A recipe is a YAML file: settings that search and training share at the top, their own under `search:` and
-    `train:`. Every key of all of them is checked, whichever is asked for.
+    `train:`. Those under `small:` are what its name with -small behind changes; what it does not say is taken from the
+    recipe that it is `like:`. Every key of all of them is checked, whichever is asked for.
 
     Args:
         name: the name of a recipe that we ship, or a file.
@@ -407,26 +412,54 @@ def load_recipe(name: str, config_class: type[ConfigT]) -> dict[str, Any]:
     Raises:
         InputError: if there is no such recipe, it is not a mapping, or a key is unknown.
     """
-    path = Path(name)
-    if not os.path.isfile(name):
-        shipped = shipped_recipes()
-        if name not in shipped:
-            raise InputError(f"recipe {name!r} is neither a file nor one of {', '.join(shipped)}")
-        path = shipped[name]
-    content = read_yaml(path, f"recipe {name}")
-    if not isinstance(content, dict):
-        raise InputError(f"recipe {name} is not a mapping of settings")
-    sections = {}
-    for section in ("search", "train"):
-        part = content.pop(section, None) or {}
+    whole = _read_recipe(name, name)
+    small = whole.pop("small", None) or {}
+    if not isinstance(small, dict):
+        raise InputError(f"recipe {name}: small is not a mapping of settings")
+    variants = [_checked(name, content) for content in (whole, _merged(whole, small))]
+    shared, sections = variants[is_small(name)]
+    return {"recipe": name, **shared, **sections["search" if config_class is SearchConfig else "train"]}
+
+
+def _checked(name: str, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What search and training share, and their sections."""
+    sections = {section: content.get(section) or {} for section in ("search", "train")}
+    shared = {key: value for key, value in content.items() if key not in sections}
+    for section, part in sections.items():
         if not isinstance(part, dict):
             raise InputError(f"recipe {name}: {section} is not a mapping of settings")
-        sections[section] = part
-    for keys, known in ((content, DataConfig), (sections["search"], SearchConfig), (sections["train"], TrainConfig)):
+    for keys, known in ((shared, DataConfig), (sections["search"], SearchConfig), (sections["train"], TrainConfig)):
         for key in keys:
             if key not in _names(known):
                 raise InputError(f"recipe {name} has the unknown setting {brief(key)}: {_hint(key, known)}")
-    return {"recipe": name, **content, **sections["search" if config_class is SearchConfig else "train"]}
+    return shared, sections
+
+
+def is_small(name: str) -> bool:
+    """Whether the name of a recipe asks for the small variant of one that we ship."""
+    return name.endswith("-small") and not os.path.isfile(name)
+
+
+def _read_recipe(name: str, asked: str) -> dict[str, Any]:
+    """What a recipe says, over what the shipped one says that it is `like`."""
+    path, shipped = Path(name), shipped_recipes()
+    if not os.path.isfile(name):
+        if name.removesuffix("-small") not in shipped:
+            raise InputError(f"recipe {name!r} is neither a file nor one of {', '.join(shipped)}, perhaps with -small")
+        path = shipped[name.removesuffix("-small")]
+    content = read_yaml(path, f"recipe {asked}")
+    if not isinstance(content, dict):
+        raise InputError(f"recipe {asked} is not a mapping of settings")
+    like = content.pop("like", None)
+    if like is not None and (not isinstance(like, str) or like not in shipped):
+        raise InputError(f"recipe {asked} is like {brief(like)}: it can be like {', '.join(shipped)}")
+    return content if like is None else _merged(_read_recipe(like, asked), content)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Settings and sections of both; where both have one, those of `over`."""
+    both = {key for key in base.keys() & over.keys() if isinstance(base[key], dict) and isinstance(over[key], dict)}
+    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
 
 
 def over_recipe(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,36 @@ def recipe(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet18", "resnet50"])
+def test_recipes_like_others_and_their_small_variants(data, model):
+    whole, small = (load_recipe(f"{data}-{model}{end}", SearchConfig) for end in ("", "-small"))
+    assert whole["dataset"] == f"uoft-cs/{data}" and ("label_column" in whole) == (data == "cifar100")
+    assert small["limit"] < 5000 and small["epochs"] <= 10 and small["max_sharpness"] == whole["max_sharpness"]
+    other = load_recipe(f"cifar10-{model}", SearchConfig)
+    assert {key: whole[key] for key in other.keys() - {"dataset", "recipe"}} == {
+        key: other[key] for key in other.keys() - {"dataset", "recipe"}
+    }
+
+
+def test_published_settings_of_food101():
+    search = build_config(SearchConfig, load_recipe("food101-resnet50", SearchConfig))
+    assert (search.dataset, search.image_size, search.crop, search.store_size) == (
+        "ethz/food101", 224, "random-resized", 256,
+    )  # fmt: skip
+    assert (search.mixture_size, search.epochs, search.weight_decay, search.max_sharpness) == (8, 600, 1e-3, 300)
+    train = build_config(TrainConfig, load_recipe("food101-resnet50", TrainConfig))
+    assert (train.epochs, train.batch_size, train.min_lr) == (90, 256, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["like: nothing", "like: [1]", "small: 3", "small: {nothing: 3}", "small: {search: 1}"]
+)
+def test_bad_parts_of_recipes(recipe, text):
+    with pytest.raises(InputError, match=r"^recipe "):
+        load_recipe(recipe(text), SearchConfig)
+
+
 @each_config
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes(name, config_class):
