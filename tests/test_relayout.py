@@ -207,6 +207,7 @@ def test_registered_models_come_back_with_layout_and_stem(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_timm_without_this_package_refuses_them_and_takes_the_default_layout(tmp_path):
     relaid, default = tmp_path / "relaid", tmp_path / "default"
     model = relayout(create("test_resnet"), "1-1-1-1")
@@ -255,6 +256,7 @@ def test_spaces_and_multiply_accumulates(name, count):
     assert space.macs(space.default_layout, 8) > 0, "maps of one pixel"
 
 
+@pytest.mark.slow
 def test_multiply_accumulates_of_a_stock_network_at_224_pixels():
     with torch.device("meta"):
         model = timm.create_model("resnet50", num_classes=0)

@@ -249,7 +249,11 @@ def test_workers_of_this_machine_find_the_same_and_one_that_is_killed_costs_a_ru
     [
         (("--strategy", "random", "--budget", "1e12"), "budget says nothing to strategy random"),
         (("--strategy", "random", "--cluster", "slurm"), "cluster 'slurm' is unknown: give dask://HOST:PORT"),
-        (("--strategy", "random", "--cluster", "dask://127.0.0.1:1"), "cluster dask://127.0.0.1:1 does not answer"),
+        pytest.param(  # is waited for
+            ("--strategy", "random", "--cluster", "dask://127.0.0.1:1"),
+            "cluster dask://127.0.0.1:1 does not answer",
+            marks=pytest.mark.slow,
+        ),
         (("--confirm", "1"), "confirm 1 leaves the default layout alone"),
     ],
     ids=["budget", "engine", "address", "confirm"],
