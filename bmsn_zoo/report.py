@@ -17,7 +17,7 @@ from .files import read_text
 from .progress import duration
 from .ranking import standard_error, ties
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
-from .usage import parser_of, start_of
+from .usage import parser_of, start_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,7 +273,7 @@ def print_search(folder: Path) -> None:
         if pick == "best" or result.default:
             command = f"{start_of('train')} --from-search {shlex.quote(str(folder))}"
             command += "" if pick == "best" else f" --pick {pick}"
-            sys.stdout.write(f"{name + ':':<39}{command}\n    {_evidence(result, pick)}\n")
+            sys.stdout.write(f"{name}:\n{wrapped(command)}\n    {_evidence(result, pick)}\n")
 
 
 def confirmation_table(confirmed: Confirmation) -> str:
@@ -336,8 +336,8 @@ def print_training(folder: Path) -> None:
         f"{metrics.test_images} images (n = 1, {metrics.epochs} epochs), "
         f"{metrics.macs / 1e6:.1f} M MACs, {metrics.parameters / 1e6:.2f} M parameters\n"
         f"results and pictures: {folder}\n"
-        f'load it with timm:    timm.create_model("local-dir:{folder / "model"}", pretrained=True)  '
-        "# after import bmsn_zoo\n"
+        f'load it with timm, after import bmsn_zoo:\n    timm.create_model("local-dir:{folder / "model"}", '
+        "pretrained=True)\n"
     )
 
 

@@ -10,7 +10,7 @@ from .command import run_command
 from .errors import InputError
 from .results import SearchResult, TrainResult, TrialResult
 from .run_folder import RUNS, RunState
-from .usage import parser_of, start_of
+from .usage import parser_of, start_of, wrapped
 
 _WIDTH = 80
 
@@ -61,7 +61,7 @@ def runs_table(folders: Sequence[Path]) -> str:
         if len(lines[-1]) > _WIDTH:
             lines[-1:] = ["  ".join(cells).rstrip(), f"  {row[3]}"]
         if resume:
-            lines.append(f"  resume: {resume}")
+            lines.append(f"  resume it:\n{wrapped(resume)}")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -119,6 +120,25 @@ def start_of(command: str) -> str:
         return f"python -m bmsn_zoo.{command}"
     beside = script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS
     return f"accelerate launch {f'{command}.py' if beside else f'-m bmsn_zoo.{_MODULES[command]}'}"
+
+
+def wrapped(command: str, indent: int = 4) -> str:
+    """A command within 80 columns, where its words allow, broken before flags so that it can still be copied."""
+    lines: list[str] = []
+    for number, word in enumerate(map(shlex.quote, shlex.split(command))):
+        if word.startswith("--") or not number:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    first, *flags = lines
+    lines = [" " * indent + first]
+    for flag in flags:
+        if len(lines[-1]) + len(flag) > 77:
+            lines[-1] += " \\"
+            lines.append(" " * 2 * indent + flag)
+        else:
+            lines[-1] += f" {flag}"
+    return "\n".join(lines)
 
 
 def started_command() -> str:

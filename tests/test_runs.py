@@ -1,10 +1,12 @@
 """The list of runs: finished, unfinished, damaged."""
 
 import json
+import shlex
 import shutil
 
 from bmsn_zoo import runs as runs_module
 from bmsn_zoo.results import TrainResult
+from bmsn_zoo.usage import wrapped
 
 
 def test_runs_are_listed_with_what_they_found_and_how_to_resume_them(runs, tmp_path, capsys, monkeypatch):
@@ -30,10 +32,24 @@ def test_runs_are_listed_with_what_they_found_and_how_to_resume_them(runs, tmp_p
     assert all(len(line) <= 80 for line in printed.splitlines() if "damaged" not in line), printed
     assert "found " in lines["runs/search-compass-m2-s0"] and lines["runs/search-compass-m2-s0"].endswith("  finished")
     assert lines["runs/killed"].endswith("  1 of 1 epochs")
-    assert "  resume: bmsn-search --output runs/killed --resume\n" in printed
+    assert "  resume it:\n    bmsn-search --output runs/killed --resume\n" in printed
     assert "damaged: run.json" in printed
     long, below = printed[printed.index("runs/train-") :].splitlines()[:2]
     assert long == "runs/train-compass-4-3-3-s0-with-a-name-that-is-long-enough"
     accuracy = TrainResult.read(runs.default / "metrics.json").test_accuracy
     assert f"4-3-3, {100 * accuracy:.2f} % on test" in below
     assert below.index("compass") == lines["folder"].index("data"), "columns are aligned"
+
+
+def test_long_commands_are_broken_within_80_columns_and_can_be_copied():
+    command = (
+        f"accelerate launch train.py --from-search 'runs/my photos of {'y' * 20} --b' --pick best_within_default_macs"
+    )
+    broken = wrapped(command)
+    assert (
+        broken.count("\n") == 2
+        and "--b'" in broken.splitlines()[1]
+        and all(len(line) <= 80 for line in broken.splitlines())
+    )
+    assert shlex.split(broken.replace("\\\n", "")) == shlex.split(command)
+    assert wrapped("bmsn-runs") == "    bmsn-runs"
