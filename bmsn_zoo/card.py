@@ -12,6 +12,7 @@ import jinja2
 import yaml
 from scipy.stats import binomtest
 
+from .errors import InputError
 from .export import preparation
 from .files import write_text
 from .layout import Layout
@@ -126,8 +127,34 @@ def template_environment(autoescape: bool = False) -> jinja2.Environment:
 
 
 def _render(template: str, result: SearchResult | TrainResult, **values: Any) -> str:
-    values.update(result=result, unlicensed=result.dataset.on_hub and result.dataset.id in _UNLICENSED)
+    unlicensed = result.dataset.on_hub and result.dataset.id in _UNLICENSED
+    license = getattr(result, "license", None) or ("apache-2.0" if unlicensed else None)
+    values.update(result=result, unlicensed=unlicensed, license=license, licensed=_licensed(license))
     return template_environment().get_template(template).render(values).rstrip() + "\n"
+
+
+def check_license(name: str) -> str:
+    """The name of a licence, if the Hub may know it.
+
+    Raises:
+        InputError: if it cannot be one.
+    """
+    if not re.fullmatch("[a-z0-9][a-z0-9.+-]{0,60}", name):
+        raise InputError(f"license {name!r} is no name of the Hub's: write it as apache-2.0, mit, cc-by-4.0 or other")
+    return name
+
+
+def _licensed(license: str | None) -> str:
+    if license == "apache-2.0":
+        return "Code and weights: Apache 2.0."
+    weights = f"Weights: {license}" if license else "No licence was named for the weights (`--license` does)"
+    return f"{weights}; the code that made them: Apache 2.0."
+
+
+def relicense(card: str, license: str) -> str:
+    """A card of ours that names another licence."""
+    card = re.sub(r"^license: .*\n", "", card, count=1, flags=re.M).replace("---\n", f"---\nlicense: {license}\n", 1)
+    return re.sub(r"(?<=^## Licence\n\n).*?(?= The training images)", _licensed(license), card, flags=re.M)
 
 
 def _chosen(result: TrainResult, search: SearchResult | None) -> str:

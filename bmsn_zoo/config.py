@@ -354,6 +354,9 @@ class TrainConfig(DataConfig):
     drop_rate: float = setting(0.0, "dropout before the classifier", 0, 0.99)
     alternate_flip: bool = setting(False, "mirror every image in every second epoch instead of at random")
     onnx: bool = setting(False, "also write the network as model/model.onnx", environment=True)
+    license: str | None = setting(
+        None, "licence of the weights that the card names, as the Hub writes it, such as mit; none", environment=True
+    )
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
     holdout_seed: int | None = setting(
         None,

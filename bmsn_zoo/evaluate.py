@@ -100,7 +100,7 @@ def count_classes(labels: Tensor, found: Tensor, classes: int) -> dict[str, Any]
     return {
         "class_images": torch.bincount(labels, minlength=classes).tolist(),
         "class_right": right.tolist(),
-        "confused": [(pair // classes, pair % classes, -count) for count, pair in most],
+        "confused": [[pair // classes, pair % classes, -count] for count, pair in most],
     }
 
 

@@ -23,7 +23,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
 from . import __version__
-from .card import SOME_NAME, portable, search_card
+from .card import SOME_NAME, check_license, portable, relicense, search_card
 from .client import one_line
 from .command import run_command
 from .config import shipped_folder
@@ -166,6 +166,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    license: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> str:
@@ -180,6 +181,7 @@ def push(
         private: make a new repository private, and refuse one that is public.
         revision: branch to push to; made if it does not exist.
         create_pr: open a pull request instead of committing.
+        license: what the card is to name instead of its own, as the Hub writes it.
         token: what the user is logged in with if None.
         endpoint: another Hub than that of HF_ENDPOINT.
 
@@ -193,6 +195,8 @@ def push(
     folder = Path(folder)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     title, allowed, files = _contents(folder, repo_id)
+    if license:
+        files["README.md"] = relicense(bytes(files["README.md"]).decode(), check_license(license)).encode()
     api = HfApi(endpoint, token, library_name="bmsn_zoo", library_version=__version__)
     try:
         with one_line(repo_id):
@@ -210,7 +214,7 @@ def push(
             )  # fmt: skip
     except InputError as error:
         options = [*(["--private"] if private else []), *(["--revision", revision] if revision else []),
-                   *(["--create-pr"] if create_pr else [])]  # fmt: skip
+                   *(["--create-pr"] if create_pr else []), *(["--license", license] if license else [])]  # fmt: skip
         again = shlex.join(["python", "-m", "bmsn_zoo.hub", "push", str(folder), repo_id, *options])
         raise InputError(f"{error}; {folder} is whole, push it again with: {again}") from error
     if commit.oid == info.sha:

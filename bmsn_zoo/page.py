@@ -200,8 +200,8 @@ def _classes(results: Iterable[Run]) -> dict[str, Any] | None:
     for index, name in enumerate(names):
         shares = []
         for group in groups:
-            images = sum(result.class_images[index] for result in group)  # type: ignore[index, misc]
-            shares.append((sum(result.class_right[index] for result in group) / max(1, images), images))  # type: ignore[index, misc]
+            images = sum((result.class_images or [])[index] for result in group)
+            shares.append((sum((result.class_right or [])[index] for result in group) / max(1, images), images))
         (found, n), (default, m) = shares
         if n and m:
             spread = 1.96 * math.hypot(standard_error(found, n), standard_error(default, m))

@@ -559,6 +559,7 @@ class TrainResult(Run):
         test_loss: mean cross-entropy on them, nats.
         macs: multiply-accumulates for one image.
         weights_sha256: of the published model.safetensors; None until that is written.
+        license: of the weights, as the Hub writes it; None if none was named.
         class_images: test images of every class, in the order of the label names.
         class_right: how many of them are classified correctly.
         confused: the most frequent mistakes: class, what it was taken for, test images.
@@ -575,9 +576,10 @@ class TrainResult(Run):
     runs: Count
     train_images: Count
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    license: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.+-]{0,60}$")] | None = None
     class_images: Annotated[list[Count] | None, FailFast()] = None
     class_right: Annotated[list[Count] | None, FailFast()] = None
-    confused: Annotated[list[tuple[Count, Count, Count]], FailFast()] = []
+    confused: Annotated[list[Annotated[list[Count], Field(min_length=3, max_length=3)]], FailFast()] = []
     settings: Annotated[Settings, _checked(TrainConfig)]
     dataset: TrainDataset
 

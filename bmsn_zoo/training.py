@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from . import cost, hub, progress, report, runtime
+from .card import check_license
 from .command import rank, run_command, speak, take_dry_run
 from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
@@ -116,6 +117,8 @@ class Training:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
         check_batch_size(config.batch_size, accelerator.num_processes, 2 if config.mixup or config.cutmix else 1)
+        if config.license:
+            check_license(config.license)
         if config.init_from and config.pretrained:
             raise InputError("init-from and pretrained are two starts: give one of them")
         if config.init_from and not folder.epoch and (start := find_start(config.init_from)).model != config.model:
@@ -340,6 +343,7 @@ class Training:
             test_precision="fp32",
             parameters=sum(p.numel() for p in final.parameters()),
             runs=1,
+            license=config.license,
             **classes,
             dataset=dataset,
         )

@@ -101,6 +101,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         single.add_argument("folder")
         single.add_argument("repo_id", metavar="USER/REPO")
         add_push_flags(single)
+        single.add_argument("--license", metavar="NAME", help="licence that the card names instead, such as mit")
         every = commands.add_parser("push-all", help="push every model of the zoo")
         every.add_argument("org")
         add_push_flags(every)

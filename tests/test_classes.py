@@ -19,7 +19,7 @@ LABELS, FOUND = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 2, 1
 def test_counts_are_those_of_the_images():
     counts = count_classes(LABELS, FOUND, 3)
     assert counts["class_images"] == [2, 4, 0] and counts["class_right"] == [1, 1, 0]
-    assert counts["confused"] == [(1, 0, 2), (0, 1, 1), (1, 2, 1)], "the most frequent first"
+    assert counts["confused"] == [[1, 0, 2], [0, 1, 1], [1, 2, 1]], "the most frequent first"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_the_page_sets_a_found_layout_against_the_default(recorded, tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"class_right": [10_000] * 10}, {"class_images": [1] * 10}, {"class_right": None}, {"confused": [(0, 10, 1)]}],
+    [{"class_right": [10_000] * 10}, {"class_images": [1] * 10}, {"class_right": None}, {"confused": [[0, 10, 1]]}],
 )
 def test_counts_that_do_not_fit_are_refused(changed, recorded):
     with pytest.raises(ValidationError):

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from small_runs import COMMON, run
 from timm.models import save_for_hf
 
 from bmsn_zoo import InputError
 from bmsn_zoo import training as train_module
+from bmsn_zoo.card import relicense
 from bmsn_zoo.results import TrainResult
 from bmsn_zoo.starts import find_start, start_from
 
@@ -36,7 +38,7 @@ def settings(folder):
 
 
 def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_folder, tmp_path):
-    base = ["--dataset", image_folder, *COMMON, *STILL, "--init-from", trained]
+    base = ["--dataset", image_folder, *COMMON, *STILL, "--init-from", trained, "--license", "mit"]
     for name, given, layout in (("same", [], "5-3-2"), ("other", ["--layout", "2-3-5"], "2-3-5")):
         assert run(train_module, *base, *given, "--output", tmp_path / name) == 0
         assert (settings(tmp_path / name)["layout"], settings(tmp_path / name)["init_from"]) == (layout, str(trained))
@@ -50,6 +52,11 @@ def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_f
     assert sum(images for _, _, images in result.confused) == 32 - sum(result.class_right)
     card = (tmp_path / "same" / "model" / "README.md").read_text(encoding="utf-8")
     assert "started from the weights of `found`" in card and str(trained.parent) not in card
+    assert ModelCard(card).data.license == "mit" and "Weights: mit; the code" in card
+    own = (trained / "model" / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(own).data.license is None and "No licence was named for the weights" in own
+    assert relicense(own, "cc0-1.0").count("cc0-1.0") == 2 == relicense(card, "cc0-1.0").count("cc0-1.0")
+    assert ModelCard(relicense(card, "cc0-1.0")).data.license == "cc0-1.0"
 
 
 def test_resumed_trainings_need_their_start_no_more(trained, image_folder, tmp_path, monkeypatch):
@@ -135,6 +142,7 @@ def test_mistakes_are_one_line(trained, image_folder, tmp_path, capfd):
         (["--init-from", odd], "has no search space"),
         (["--init-from", trained, "--model", "bmsn_resnet18"], "is a bmsn_resnet20, not a bmsn_resnet18"),
         (["--init-from", trained, "--pretrained"], "are two starts"),
+        (["--init-from", trained, "--license", "MIT License"], "license 'MIT License' is no name of the Hub's"),
     ):
         assert run(train_module, "--dataset", image_folder, *COMMON, *flags, "--output", tmp_path / "run") == 2
         error = capfd.readouterr().err.strip().splitlines()[-1]
