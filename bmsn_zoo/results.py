@@ -7,7 +7,17 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from typing_extensions import TypeAliasType
 
 from . import cost
@@ -261,6 +271,10 @@ class DatasetRecord(Record):
     label_names: Names
     mean: list[float]
     std: list[Positive]
+
+    @model_serializer(mode="wrap")
+    def _as_made(self, dump: Callable[["DatasetRecord"], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
 
     @model_validator(mode="after")
     def _channels(self) -> Self:

@@ -198,7 +198,6 @@ class RowReader(Dataset[Any]):
     names: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.names = self.rows if self.names is None else self.names
         self.source = self.source.select_columns([self.column])
         self.source = self.source.cast_column(self.column, datasets.Image(decode=False))
 
@@ -212,7 +211,8 @@ class RowReader(Dataset[Any]):
             values = self.values(positions)
         except InputError as error:
             return [str(error)]
-        return [self._read(*each) for each in zip(self.names[positions], values, *drawn, strict=True)]
+        names = (self.rows if self.names is None else self.names)[positions]
+        return [self._read(*each) for each in zip(names, values, *drawn, strict=True)]
 
     def values(self, positions: np.ndarray) -> list[dict[str, Any] | None]:
         """What the data set holds at some positions, undecoded."""
