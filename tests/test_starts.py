@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import COMMON, run
 from timm.models import save_for_hf
 
-from bmsn_zoo import InputError
+from bmsn_zoo import InputError, hub
 from bmsn_zoo import training as train_module
 from bmsn_zoo.card import relicense
 from bmsn_zoo.results import TrainResult
@@ -106,6 +106,15 @@ def test_hub_repositories_are_pinned(server, trained, image_folder, tmp_path):
     )
     with pytest.raises(InputError, match=r"alice/pickle holds no trained model: model\.safetensors is missing"):
         find_start("alice/pickle")
+
+
+def test_a_push_names_another_licence_and_leaves_the_folder_alone(server, trained):
+    before = (trained / "model" / "README.md").read_bytes()
+    assert run(hub, "push", trained, "alice/mine", "--license", "mit") == 0
+    assert ModelCard(server.files("alice/mine")["README.md"].decode()).data.license == "mit"
+    assert (trained / "model" / "README.md").read_bytes() == before
+    with pytest.raises(InputError, match="is no name of the Hub's"):
+        hub.push(trained, "alice/mine", license="My own")
 
 
 @pytest.mark.parametrize(("source", "here"), [(3, 1), (1, 3), (3, 3)])
