@@ -154,6 +154,7 @@ SEARCH = [
 SEARCH += ["--mixture-size", "1", "--epochs", "2", "--batch-size", "64", "--eval-batch-size", "101", "--seed", "1"]
 
 
+@pytest.mark.slow
 def test_food101_from_search_to_model_streamed_and_in_memory(food, tmp_path):
     def search(name, *settings):
         assert search_module.main(["--dataset", str(food), *SEARCH, *settings, "--output", str(tmp_path / name)]) == 0

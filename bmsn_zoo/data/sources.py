@@ -244,7 +244,7 @@ class DataSource:
 
     def _load(self, part: Part) -> ImageData:
         size, in_chans, train = self.image_size, self.config.in_chans, part is self.training
-        about = dict(size=size, in_chans=in_chans, scales=self._scales)
+        about: dict[str, Any] = dict(size=size, in_chans=in_chans, scales=self._scales)
         if self._short != size:
             about["short"] = self._short
         # training images in memory are kept so large that there is something to crop
