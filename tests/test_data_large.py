@@ -155,6 +155,7 @@ SEARCH += ["--mixture-size", "1", "--epochs", "2", "--batch-size", "64", "--eval
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_food101_from_search_to_model_streamed_and_in_memory(food, tmp_path):
     def search(name, *settings):
         assert search_module.main(["--dataset", str(food), *SEARCH, *settings, "--output", str(tmp_path / name)]) == 0
