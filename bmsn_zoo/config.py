@@ -320,6 +320,21 @@ def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
     return SearchConfig(**{**config.as_dict(), **chosen})
 
 
+def fit_training(config: "TrainConfig", images: int) -> "TrainConfig":
+    """A training's settings, those that were not given chosen for its number of training images.
+
+    - batch_size: the largest power of two that makes 8 steps of an epoch, between 8 and 128;
+    - epochs: 30, or as many, at most 300, as make `FEW_STEPS`.
+
+    So from 1,024 images on the batches are those of `TrainConfig`, and 300 photos have batches of 32 and 56 epochs.
+    """
+    given = config.model_fields_set
+    batch = config.batch_size if "batch_size" in given else 2 ** min(max(3, (images // 8).bit_length() - 1), 7)
+    enough = math.ceil(FEW_STEPS / max(1, images // batch))
+    epochs = config.epochs if "epochs" in given else max(30, min(300, enough))
+    return TrainConfig(**{**config.as_dict(), "batch_size": batch, "epochs": epochs})
+
+
 def sharing_of(settings: Mapping[str, Any]) -> str:
     """How a search with these settings shares weights among resolutions, see its setting `sharing`."""
     return settings.get("sharing") or ("random" if settings.get("strategy") == "unshared" else "shared")
@@ -338,8 +353,8 @@ class TrainConfig(DataConfig):
         "trained network whose weights to start from: a model of the zoo, the run folder of a training, or "
         "USER/REPO[@revision] on the Hub; its layout is trained, unless --layout or --from-search says another",
     )
-    epochs: int = setting(30, "passes over the training images", 1)
-    batch_size: int = setting(128, "images of one step, over all processes", 2)
+    epochs: int = setting(30, "passes over the training images; more for few images", 1)
+    batch_size: int = setting(128, "images of one step, over all processes; smaller for few images", 2)
     opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")
     lr: float = setting(0.1, "highest learning rate", 0)
     min_lr: float = setting(0.0, "learning rate at the end", 0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import cost, hub, progress, report, runtime
 from .card import check_license
 from .command import rank, run_command, speak, take_dry_run
-from .config import TrainConfig, load_recipe, shipped_recipes, with_reachable_data
+from .config import TrainConfig, fit_training, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
     AUGMENT,
     MIX,
@@ -116,7 +116,8 @@ class Training:
     def __init__(self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
-        check_batch_size(config.batch_size, accelerator.num_processes, 2 if config.mixup or config.cutmix else 1)
+        multiple = 2 if config.mixup or config.cutmix else 1
+        check_batch_size(config.batch_size, accelerator.num_processes, multiple)
         if config.license:
             check_license(config.license)
         if config.init_from and config.pretrained:
@@ -150,6 +151,8 @@ class Training:
             seed = config.seed if config.holdout_seed is None else config.holdout_seed
             parts = stratified_split(labels, config.holdout, seed, what, self.data.label_names)
             self.images, self.holdout = map(self.images.select, parts)
+        self.config = config = fit_training(config, len(self.images))
+        check_batch_size(config.batch_size, accelerator.num_processes, multiple)
         if config.batch_size > len(self.images):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.images)} images: use less")
         self.epoch_steps = len(self.images) // config.batch_size

@@ -13,6 +13,7 @@ from bmsn_zoo.config import (
     build_config,
     build_parser,
     fit_to_images,
+    fit_training,
     kind_of,
     load_recipe,
     shipped_folder,
@@ -457,3 +458,12 @@ def test_settings_that_are_not_given_fit_the_number_of_images(images, given, exp
     assert fit_to_images(config, 10**6) == config, "what was chosen is kept when a run is resumed"
     supernet_steps = (images // 2 // config.batch_size) * (config.epochs or 500) // config.mixture_size
     assert supernet_steps >= 500 or config.epochs in (300, *given.values())
+
+
+def test_trainings_of_few_images_have_smaller_batches_and_more_epochs():
+    """What was given stays; sets of 1,024 images and more are trained as before."""
+    for images, batch, epochs in ((10, 8, 300), (64, 8, 63), (300, 32, 56), (2000, 128, 34), (50_000, 128, 30)):
+        chosen = fit_training(TrainConfig(layout="4-3-3"), images)
+        assert (chosen.batch_size, chosen.epochs) == (batch, epochs), images
+    given = fit_training(TrainConfig(batch_size=128, epochs=3), 64)
+    assert (given.batch_size, given.epochs) == (128, 3)
