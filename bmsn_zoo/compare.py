@@ -234,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "layouts and from-search go together: give --layouts default,best --from-search RUN_FOLDER"
             )
+        if given.output and not given.benchmark:
+            raise InputError("output is for the table of --benchmark: leave it out")
         if given.layouts:
-            if given.output:
-                raise InputError("output is for the table of --benchmark: leave it out")
             cells, lines = retrain(given.from_search, given.layouts, given.seeds, **own)
             sys.stdout.write(_text(cells) + "".join(f"{line}\n" for line in lines))
             return

@@ -481,9 +481,16 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_recipe(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a recipe and flags, which win over it: epochs over its budget, too, and the other way round."""
+    """Settings of a recipe and flags, which win over it: epochs over its budget, too, and the other way round.
+
+    How many supernets a recipe has is for its own strategy: another one that is given does not take it over.
+    """
     ends = {"epochs", "budget"}
-    return {**{name: v for name, v in recipe.items() if not (name in ends and ends & set(given))}, **given}
+    lost = ends if ends & set(given) else set()
+    own = recipe.get("strategy", "balanced")
+    if given.get("strategy", own) != own:
+        lost = lost | {"mixture_size"}
+    return {**{name: value for name, value in recipe.items() if name not in lost}, **given}
 
 
 def _names(config_class: type[DataConfig]) -> list[str]:

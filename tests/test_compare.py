@@ -246,6 +246,7 @@ def test_images_vote_for_a_layout_by_seeds():
     [
         (["--layouts", "default,best"], "layouts and from-search go together"),
         (["tests", "--jobs", "2"], "layouts and from-search go together"),
+        (["tests", "--output", "table.md"], "output is for the table of --benchmark"),
         (["--layouts", "default,best", "--from-search", "nowhere"], "nowhere is no run folder"),
         (["--layouts", "default,best", "--from-search", "nowhere", "--epochs", "0"], "epochs 0 is too small"),
         ([], "compare what? Give run folders, --benchmark cifar10-resnet20, or --layouts"),

@@ -80,6 +80,10 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
         SearchConfig(budget=1e9, epochs=3)
     assert over_recipe({"epochs": 400, "lr": 0.1}, {"budget": "1.4e14"}) == {"lr": 0.1, "budget": "1.4e14"}
     assert over_recipe({"budget": 1e9}, {"epochs": 2}) == {"epochs": 2}
+    mixture = {"mixture_size": 2}
+    assert over_recipe(mixture, {"strategy": "darts"}) == {"strategy": "darts"}, "which trains one supernet"
+    assert over_recipe(mixture, {"strategy": "balanced"}) == {"strategy": "balanced", **mixture}
+    assert over_recipe(mixture, {"strategy": "fixed", "mixture_size": 3})["mixture_size"] == 3
     assert SearchConfig(budget="1.4e14").budget == 140_000_000_000_000
 
 
