@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -299,7 +300,7 @@ def test_the_pixel_cache(image_folder, tmp_path, monkeypatch):
     source = DataSource(SearchConfig(dataset=str(image_folder), workers=0), 1)
 
     def pixels(data):
-        return torch.cat([images for images, _ in data.images.batches([range(64)])])
+        return torch.cat([images for images, _ in data.images.batches([np.arange(64)])])
 
     whole = source.train()
     (file,) = (tmp_path / "bmsn_zoo_pixels").iterdir()
