@@ -140,6 +140,7 @@ def _ends_at_signals() -> Iterator[None]:
         signal.set_wakeup_fd(woken_before)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        writer.shutdown(socket.SHUT_WR)  # closing is not enough: forked workers that still live hold it open, too
         writer.close()
         thread.join()
         reader.close()

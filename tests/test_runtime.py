@@ -2,8 +2,10 @@ import errno
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,26 @@ def test_users_mistake_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: epochs 0 is too small\n"
     assert run_command(lambda: None) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+def test_a_command_ends_while_workers_that_it_forked_still_live():
+    """They hold what it listens to for signals open."""
+    workers = []
+
+    def run():
+        if not (worker := os.fork()):
+            while True:
+                time.sleep(1)
+        workers.append(worker)
+
+    try:
+        assert run_command(run) == 0
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
 
 
 def test_our_mistakes_are_not_hidden():
