@@ -30,6 +30,7 @@ TIMES = {"duration_seconds", "segments", "seconds", "peak_memory_mib", "started"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not DATA.exists(), reason="needs CIFAR-10 in ../shared/datasets"),
 ]

@@ -46,6 +46,7 @@ def test_a_model_of_the_zoo_is_fine_tuned(photos):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -33,6 +33,7 @@ def can_make_hosts():
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not can_make_hosts(), reason="needs network namespaces"),
 ]

@@ -97,6 +97,7 @@ def test_default_layout_is_the_stock_network_after_others(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_every_resnet_of_timm_up_to_30_million_parameters():
     checked = 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import DEFAULT, FOUND
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 LOAD = """
 import sys, timm, torch, bmsn_zoo
 from safetensors.torch import load_file, save_file
