@@ -1,21 +1,19 @@
 """The tables of results/searches.md, from the searches recorded in results/searches: python benchmarks/evidence.py
 
-A record is the search.json of a run, named ROW-sSEED.json after a row of results/PROTOCOL.md. Rows that begin with dev-
-are of the development: what they are judged by needs no truth, so the published table is not read for them.
+A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
+row of results/PROTOCOL.md. Rows that begin with dev- are of the development: what they are judged by needs no truth,
+so the published table is not read for them.
 """
 
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
-
-from scipy.stats import kendalltau
+from statistics import mean
 
 from bmsn_zoo import Layout, SearchSpace, benchmark, reference
-from bmsn_zoo.compare import Quality, expected_best, quality
+from bmsn_zoo.compare import Quality, agreement, expected_best, markdown, mean_and_deviation, quality
 from bmsn_zoo.results import SearchResult
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -40,28 +38,13 @@ def scores(result: SearchResult) -> dict[Layout, float]:
 
 def measured(result: SearchResult) -> Quality:
     """What a search is worth against the published table: its ranking, and the layout that it recommends."""
-    found = (result.default if result.undecided else None) or result.pick("best")
-    return quality(scores(result), TRUTH.accuracy, MACS, Layout.parse(found.layout))
+    return quality(scores(result), TRUTH.accuracy, MACS, Layout.parse(result.to_train("best").layout))
 
 
-def agreement(results: Sequence[SearchResult]) -> list[float]:
-    """Kendall's tau-b of the rankings of every two seeds."""
-    found = [scores(result) for result in results]
-    return [float(kendalltau([a[one] for one in SPACE], [b[one] for one in SPACE]).statistic)
-            for a, b in combinations(found, 2)]  # fmt: skip
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and deviation."""
-    if not values or any(map(math.isnan, values)):
-        return "-"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def lines(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    head, *rows = cells
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+def agreements(results: Sequence[SearchResult]) -> str:
+    """Kendall's tau-b of the rankings of every two seeds: mean and deviation."""
+    found = [agreement(a, b) for a, b in combinations(map(scores, results), 2)]
+    return mean_and_deviation(found) if found else "-"
 
 
 def how(result: SearchResult) -> str:
@@ -86,14 +69,17 @@ def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
         results = [by_seed[seed] for seed in sorted(by_seed)]
         found = [measured(result) for result in results]
         cells.append([name, str(len(results)), ", ".join(str(one.choice) for one in found), *_numbers(found),
-                      spread(agreement(results)), how(results[0])])  # fmt: skip
-    return lines(cells)
+                      agreements(results), how(results[0])])  # fmt: skip
+    return markdown(cells) + "\n"
 
 
 def _numbers(found: Sequence[Quality]) -> list[str]:
     points = [[100 * getattr(one, key) for one in found]
               for key in ("regret", "front_regret", "worst_front_regret", "accuracy")]  # fmt: skip
-    return [spread([one.tau for one in found]), spread([one.near_pairs for one in found]), *map(spread, points)]
+    return [
+        mean_and_deviation(values)
+        for values in ([one.tau for one in found], [one.near_pairs for one in found], *points)
+    ]
 
 
 def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
@@ -102,13 +88,13 @@ def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
               "precision", "commit"]]  # fmt: skip
     for name, by_seed in rows.items():
         for seed, result in sorted(by_seed.items()):
-            found = (result.default if result.undecided else None) or result.pick("best")
+            found = result.to_train("best")
             one = measured(result) if true else None
             judged = [f"{one.tau:.3f}", f"{100 * one.front_regret:.2f}"] if one else []
             cells.append([f"[{name}-s{seed}](searches/{name}-s{seed}.json)", found.layout,
                           f"{100 * found.accuracy:.2f}", *judged, f"{result.duration_seconds / 60:.0f}",
                           result.hardware, result.precision, (result.commit or "unknown")[:7]])  # fmt: skip
-    return lines(cells)
+    return markdown(cells) + "\n"
 
 
 def page(rows: dict[str, dict[int, SearchResult]]) -> str:
@@ -119,7 +105,7 @@ def page(rows: dict[str, dict[int, SearchResult]]) -> str:
     for name, by_seed in tried.items():
         results = list(by_seed.values())
         choices = ", ".join(result.pick("best").layout for result in results)
-        agree.append([name, str(len(results)), choices, spread(agreement(results)), how(results[0])])
+        agree.append([name, str(len(results)), choices, agreements(results), how(results[0])])
     parts = [
         "# Searches on CIFAR-10\n",
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"
@@ -132,7 +118,7 @@ def page(rows: dict[str, dict[int, SearchResult]]) -> str:
         single_runs(final, true=True),
     ]
     if tried:
-        parts += ["## Development\n", "Not read against the published table.\n", lines(agree),
+        parts += ["## Development\n", "Not read against the published table.\n", markdown(agree) + "\n",
                   single_runs(tried, true=False)]  # fmt: skip
     return "\n".join(parts)
 

@@ -107,10 +107,10 @@ def quality(scores: Values, truth: Values, macs: Mapping[Layout, int], choice: L
     right = [(scores[a] - scores[b]) * (truth[a] - truth[b]) > 0 for a, b in near]
     regret = max(truth.values()) - truth[first]
     near_pairs = mean(right) if right else math.nan
-    return Quality(first, _tau(scores, truth), near_pairs, truth[first], regret, mean(losses), max(losses))
+    return Quality(first, agreement(scores, truth), near_pairs, truth[first], regret, mean(losses), max(losses))
 
 
-def _tau(one: Values, other: Values) -> float:
+def agreement(one: Values, other: Values) -> float:
     """Kendall's tau-b over the layouts of the first; not a number of fewer than two."""
     return float(kendalltau([one[a] for a in one], [other[a] for a in one]).statistic) if len(one) > 1 else math.nan
 
@@ -162,7 +162,7 @@ def play_all(name: str, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Mean and deviation as people read them."""
     if any(map(math.isnan, values)):
         return "-"
@@ -176,12 +176,21 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     for method, supernets in dict.fromkeys(map(kind, rows)):
         same = [row for row in rows if kind(row) == (method, supernets)]
         choices = [str(row["choice"]) for row in same]
-        points = [_spread([100 * row[key] for row in same]) for key in ("regret", "front_regret", "worst_front_regret")]
+        points = [
+            mean_and_deviation([100 * row[key] for row in same])
+            for key in ("regret", "front_regret", "worst_front_regret")
+        ]
         accuracy, spent, random = (mean(row[key] for row in same) for key in ("accuracy", "spent_macs", "random"))
-        common, tau = max(sorted(set(choices)), key=choices.count), _spread([row["tau"] for row in same])
+        common, tau = max(sorted(set(choices)), key=choices.count), mean_and_deviation([row["tau"] for row in same])
         compared = [f"{100 * accuracy:.2f}", f"{spent / 1e15:.2f}", f"{100 * (accuracy - random):+.2f}"]
         cells.append([method, str(supernets or "-"), common, tau, *points, *compared])
     return cells
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; the first row is its head."""
+    header, *lines = cells
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
 
 
 def _text(cells: Sequence[Sequence[str]]) -> str:
@@ -202,15 +211,17 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
     for name, result, own in zip(names, results, scores, strict=True):
         found = result.to_train("best")
         others = [there for there in zip(results, scores, strict=True) if there[0] is not result]
-        agree = [_tau(own, other) for there, other in others if (there.model, set(other)) == (result.model, set(own))]
+        agree = [
+            agreement(own, other) for there, other in others if (there.model, set(other)) == (result.model, set(own))
+        ]
         known, measured = f"{Path(result.dataset.id).name}-{result.model.removeprefix('bmsn_')}", ["-"] * 4
         if known in reference.names() and set(own) <= set(reference.table(known).accuracy):
             costs = benchmark.macs_of(SearchSpace(result.model))
             true = quality(own, reference.table(known).accuracy, costs, Layout.parse(found.layout))
             points = (true.tau, *(100 * value for value in (true.regret, true.front_regret, true.accuracy)))
-            measured = [_spread([value]) for value in points]
+            measured = [mean_and_deviation([value]) for value in points]
         searched = [str(result.settings.get("strategy", "balanced")), str(result.mixture_size), found.layout]
-        searched += [f"{100 * found.accuracy:.2f}", _spread([mean(agree)]) if agree else "-"]
+        searched += [f"{100 * found.accuracy:.2f}", mean_and_deviation([mean(agree)]) if agree else "-"]
         spent = "-" if result.spent_macs is None else f"{result.spent_macs / 1e15:.3g}"
         cells.append([Path(name).name[-22:], *searched, *measured, spent])
     return cells
@@ -255,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(rows: Sequence[dict[str, Any]], title: str, command: str, path: Path) -> None:
     """The table as Markdown, and every play in a CSV file beside it."""
-    header, *lines = _summary(rows)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+    table = markdown(_summary(rows))
     about, (_, told) = f"Commit {runtime.commit() or 'unknown'}.", str(benchmark.__doc__).split("\n\n", 1)
     text = [title, told.strip(), _LEGEND, f"```bash\n{command} --output {path.as_posix()}\n```", about, table]
     write_text(path.with_suffix(".md"), "\n\n".join(text) + "\n")

@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 import pytest
 
+from bmsn_zoo.card import portable
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser, load_recipe
 from bmsn_zoo.results import TrainResult
 from bmsn_zoo.usage import parser_of
@@ -139,6 +140,8 @@ def test_the_tables_of_searches_are_those_of_their_records():
     evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
     rows = evidence["load"](ROOT / "results" / "searches")
     assert (ROOT / "results" / "searches.md").read_text(encoding="utf-8") == evidence["page"](rows)
+    for result in (result for seeds in rows.values() for result in seeds.values()):
+        assert portable(result) == result, "a record names folders of the machine that it was made on"
     developed = evidence["page"]({f"dev-{name}": seeds for name, seeds in rows.items()})
     assert "Not read against the published table" in developed and "| dev-uniform | " in developed
     assert developed.count(" tau ") == 2, "a table of the development has a column of the truth"  # of the final rows
