@@ -49,8 +49,8 @@ def find_start(name: str) -> Start:
         return Start(pinned, model, layout, names and list(map(str, names)), weights)
 
 
-def start_from(network: Any, name: str, label_names: Sequence[str]) -> None:
-    """Give a network the weights of a trained one of its backbone, see `find_start`; their layouts may differ.
+def start_from(network: Any, start: Start, label_names: Sequence[str]) -> None:
+    """Give a network the weights of a trained one of its backbone; their layouts may differ.
 
     Where the classes are not the same in number, names and order, the classifier stays fresh. A stem for other channels
     is adapted as timm does: colours are summed for gray, gray is shared out over the colours.
@@ -58,7 +58,7 @@ def start_from(network: Any, name: str, label_names: Sequence[str]) -> None:
     Raises:
         InputError: if the weights are missing, damaged, or another network's.
     """
-    start, own, cfg, shown = find_start(name), network.state_dict(), network.pretrained_cfg, f"init-from {name}"
+    own, cfg, shown = network.state_dict(), network.pretrained_cfg, f"init-from {start.name}"
     weights = load_tensors(start.weights, shown)
     kept = ("layout_units",) if start.label_names == list(label_names) else ("layout_units", f"{cfg['classifier']}.")
     weights |= {key: own[key] for key in own if key.startswith(kept)}

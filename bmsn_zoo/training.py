@@ -122,8 +122,9 @@ class Training:
             check_license(config.license)
         if config.init_from and config.pretrained:
             raise InputError("init-from and pretrained are two starts: give one of them")
-        if config.init_from and not folder.epoch and (start := find_start(config.init_from)).model != config.model:
-            raise InputError(f"init-from {config.init_from} is a {start.model}, not a {config.model}")
+        origin = find_start(config.init_from) if config.init_from and not folder.epoch else None
+        if origin and origin.model != config.model:
+            raise InputError(f"init-from {config.init_from} is a {origin.model}, not a {config.model}")
         backbone = backbone_of(config.model)
         self.layout = backbone.check(backbone.default_layout if config.layout is None else config.layout)
         self.found = hub.load_search(config.from_search) if config.from_search else None
@@ -160,8 +161,8 @@ class Training:
 
         torch.manual_seed(config.seed)
         model = create_network(config, self.layout, self.data, config.pretrained)
-        if config.init_from and not folder.epoch:
-            start_from(model, config.init_from, self.data.label_names)
+        if origin:
+            start_from(model, origin, self.data.label_names)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -125,14 +125,14 @@ def test_stems_are_adapted_as_timm_does_and_heads_of_other_classes_stay_fresh(so
     save_for_hf(stock, str(tmp_path), safe_serialization=True)
     network = timm.create_model("bmsn_relaid", model=name, layout="2-1-1", num_classes=5, in_chans=here)
     fresh = network.state_dict()["fc.weight"].clone()
-    start_from(network, str(tmp_path), [str(number) for number in range(5)])
+    start_from(network, find_start(str(tmp_path)), [str(number) for number in range(5)])
     assert torch.equal(network.state_dict()["fc.weight"], fresh)
     gray = torch.randn(2, 1, 32, 32)
     images = {1: gray, 3: gray.repeat(1, 3, 1, 1)}
     stem, own = stock.conv1, network.conv1
     assert torch.allclose(own(images[here]), stem(images[source]), atol=1e-5), "gray images look alike to both"
     with pytest.raises(InputError, match=r"init-from .* does not fit the network"):
-        start_from(timm.create_model("bmsn_resnet18"), str(tmp_path), [])
+        start_from(timm.create_model("bmsn_resnet18"), find_start(str(tmp_path)), [])
 
 
 def test_mistakes_are_one_line(trained, image_folder, tmp_path, capfd):
