@@ -311,8 +311,10 @@ def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
     So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 1 supernet, batches of 32 and 100 epochs.
     """
     half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
-    power = min(max(3, (half // 4).bit_length() - 1), max(1, half.bit_length() - 1), 7)
-    chosen: dict[str, Any] = {"batch_size": 2**power, "mixture_size": 4 if images >= 20_000 else 1 + (images >= 2000)}
+    chosen: dict[str, Any] = {
+        "batch_size": _fitting_batch(half, 4),
+        "mixture_size": 4 if images >= 20_000 else 1 + (images >= 2000),
+    }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))
     if config.budget is not None or "epochs" not in given:
@@ -329,10 +331,15 @@ def fit_training(config: "TrainConfig", images: int) -> "TrainConfig":
     So from 1,024 images on the batches are those of `TrainConfig`, and 300 photos have batches of 32 and 56 epochs.
     """
     given = config.model_fields_set
-    batch = config.batch_size if "batch_size" in given else 2 ** min(max(3, (images // 8).bit_length() - 1), 7)
+    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8)
     enough = math.ceil(FEW_STEPS / max(1, images // batch))
     epochs = config.epochs if "epochs" in given else max(30, min(300, enough))
     return TrainConfig(**{**config.as_dict(), "batch_size": batch, "epochs": epochs})
+
+
+def _fitting_batch(images: int, steps: int) -> int:
+    """The largest power of two that makes so many steps of the images, between 8 and 128; less for fewer images."""
+    return 2 ** min(max(3, (images // steps).bit_length() - 1), max(1, images.bit_length() - 1), 7)
 
 
 def sharing_of(settings: Mapping[str, Any]) -> str:
