@@ -14,7 +14,7 @@ from .card import percent, template_environment
 from .compare import compare_runs
 from .files import write_text
 from .layout import Layout
-from .ranking import spread, standard_error, ties
+from .ranking import spread, ties
 from .results import Entry, Run, SearchResult, TrainResult, pareto_front
 from .search_space import backbone_of
 from .usage import start_of
@@ -123,12 +123,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     ranking, images = result.ranking[:most], result.dataset.score_images
     kept = list({entry.layout: entry for entry in (*ranking, *result.pareto_front[:most])}.values())
     kept += [entry for entry in (result.default, result.best_within_default_macs) if entry and entry not in kept]
-    prices: dict[str, Callable[[Entry], float]]
-    prices = {"multiply-accumulates for one image, millions": lambda e: e.macs / 1e6}
-    if result.latency:
-        single = result.latency.single
-        prices[f"milliseconds for one image ({result.latency.where})"] = lambda e: single.of(e.layout)
-    costs = [_costs(result, kept, label, price, most) for label, price in prices.items()]
+    costs = [_costs(result, kept, label, price, most) for label, price in result.prices().items()]
     best, default = result.best, result.default
     shares = dict(zip(result.layouts, result.assignment_matrix or [], strict=False))
     columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
@@ -204,8 +199,7 @@ def _classes(results: Iterable[Run]) -> dict[str, Any] | None:
             shares.append((sum((result.class_right or [])[index] for result in group) / max(1, images), images))
         (found, n), (default, m) = shares
         if n and m:
-            spread = 1.96 * math.hypot(standard_error(found, n), standard_error(default, m))
-            rows.append((name, found, default, found - default, spread))
+            rows.append((name, found, default, found - default, spread(found, default, n, m)))
     for group in groups:
         pairs: dict[tuple[int, int], float] = {}
         for result in group:

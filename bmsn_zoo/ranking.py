@@ -62,12 +62,12 @@ def standard_error(accuracy: float, images: int) -> float:
     return (likely * (1 - likely) / images) ** 0.5
 
 
-def spread(accuracy: float, first: float, images: int) -> float:
+def spread(accuracy: float, first: float, images: int, first_images: int | None = None) -> float:
     """Half the 95 % interval of the difference of two accuracies (fractions), each on so many images.
 
-    As if on other images for each, which is the wider interval.
+    As if on other images for each, which is the wider interval. The first one's are as many, unless they are given.
     """
-    return _Z * hypot(standard_error(accuracy, images), standard_error(first, images))
+    return _Z * hypot(standard_error(accuracy, images), standard_error(first, first_images or images))
 
 
 def ties(accuracy: float, first: float, images: int) -> bool:

@@ -152,12 +152,7 @@ def draw_accuracy_macs(result: SearchResult) -> "Figure":
 
     The cost is multiply-accumulates, and, where it was measured, beside it the latency.
     """
-    prices: dict[str, Callable[[Entry], float]] = {
-        "multiply-accumulates for one image, millions": lambda e: e.macs / 1e6
-    }
-    if result.latency:
-        single = result.latency.single
-        prices[f"milliseconds for one image ({result.latency.where})"] = lambda e: single.of(e.layout)
+    prices = result.prices()
     figure = _figure(7 if len(prices) == 1 else 12, 4.6)
     for axes, (label, price) in zip(figure.subplots(1, len(prices), squeeze=False)[0], prices.items(), strict=True):
         _draw_accuracy_against(axes, result, label, price)

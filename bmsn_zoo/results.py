@@ -560,6 +560,15 @@ class SearchResult(Ranking, Run):
             choice = getattr(self.confirmed, choice)
         return super().pick(choice)
 
+    def prices(self) -> dict[str, Callable[[Entry], float]]:
+        """What a layout costs, by the words for an axis: multiply-accumulates, and the latency if it was measured."""
+        found: dict[str, Callable[[Entry], float]]
+        found = {"multiply-accumulates for one image, millions": lambda entry: entry.macs / 1e6}
+        if self.latency:
+            single = self.latency.single
+            found[f"milliseconds for one image ({self.latency.where})"] = lambda entry: single.of(entry.layout)
+        return found
+
     def to_train(self, choice: str) -> Entry:
         """What a training takes for a pick: the default, if it was searched and no best one can be told from others."""
         return self.pick("default" if self.undecided and self.default and choice.startswith("best") else choice)

@@ -41,9 +41,8 @@ def _result(folder: Path) -> str:
         trained = TrainResult.read(folder / "metrics.json", "metrics.json")
         return f"{trained.layout}, {percent(trained.test_accuracy)} on test"
     found = SearchResult.read(folder / "search.json", "search.json")
-    keeps = found.undecided and found.default
-    entry = found.pick("default" if keeps else "best")
-    return f"{'keeps' if keeps else 'found'} {entry.layout}, {percent(entry.accuracy)}"
+    entry = found.to_train("best")
+    return f"{'keeps' if found.undecided and found.default else 'found'} {entry.layout}, {percent(entry.accuracy)}"
 
 
 def runs_table(folders: Sequence[Path]) -> str:
