@@ -163,7 +163,7 @@ def against(config: SearchConfig, repeats: int, other: Path) -> dict[str, dict[s
     """Another checkout's real searches and ours, in turn: seconds of a step, and of evaluating and saving."""
 
     def measure(root: Path) -> dict[str, float]:
-        settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2"]
+        settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2", "--batch-size", "128"]
         known = (root / "bmsn_zoo" / "config.py").read_text(encoding="utf-8")
         for name, flags in {"confirm": ["--confirm", "0"], "latency": ["--no-latency"]}.items():
             settings += flags if f"\n    {name}: " in known else []  # neither is evaluating
