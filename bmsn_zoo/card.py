@@ -23,7 +23,16 @@ from .search_space import backbone_of
 SOME_NAME = "YOUR_NAME/THIS_REPOSITORY"  # stands for the Hub id of a folder that was not pushed yet
 _UNLICENSED = ("uoft-cs/cifar10", "uoft-cs/cifar100")  # the Hub lists them as unknown
 # flags that say where a run lies, not what it computes; those with a value, and those without
-_LOCAL_VALUES = ("--output", "--dataset", "--dataset-id", "--from-search", "--init-from", "--push-to-hub", "--revision")
+_LOCAL_VALUES = (
+    "--output",
+    "--dataset",
+    "--dataset-id",
+    "--from-search",
+    "--init-from",
+    "--pretrained-from",
+    "--push-to-hub",
+    "--revision",
+)
 _LOCAL_SWITCHES = ("--resume", "--private", "--create-pr")
 _SCRIPTS = {
     "train.py": "accelerate launch train.py",
@@ -180,7 +189,7 @@ def portable(result: ResultT) -> ResultT:
     data = result.dataset
     shown = data.id if data.on_hub else Path(data.id).name.strip(".") or "images"
     settings = {**result.settings, "dataset": shown, "dataset_id": shown if data.on_hub else None}
-    for key in ("from_search", "init_from"):
+    for key in ("from_search", "init_from", "pretrained_from"):
         where = settings.get(key)
         if where and not _PINNED.fullmatch(str(where)):
             settings[key] = "search.json" if key == "from_search" else Path(str(where)).name
@@ -214,7 +223,7 @@ def _command(result: SearchResult | TrainResult, name: str) -> str:
     program, *words = result.segments[0].command
     if program not in _SCRIPTS:
         return ""
-    sources = {key: result.settings.get(key) for key in ("dataset", "from_search", "init_from")}
+    sources = {key: result.settings.get(key) for key in ("dataset", "from_search", "init_from", "pretrained_from")}
     if sources["from_search"]:
         sources["dataset"] = None
         sources["from_search"] = name if sources["from_search"] == "search.json" else sources["from_search"]

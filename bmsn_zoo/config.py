@@ -282,6 +282,11 @@ class SearchConfig(DataConfig):
     init_from: str | None = setting(
         None, "earlier search whose supernets to start from: its run folder, or USER/REPO[@revision] on the Hub"
     )
+    pretrained_from: str | None = setting(
+        None,
+        "trained network whose weights every supernet, and every training of what is found, starts from: a model of "
+        "the zoo, the run folder of a training, or USER/REPO[@revision] on the Hub",
+    )
     parallel: str = setting(
         "data",
         "several processes: data shards every batch, mixture gives each process its own supernets",

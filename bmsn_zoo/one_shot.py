@@ -40,6 +40,7 @@ from .results import Confirmation, Ranking
 from .run_folder import RunFolder, load_tensors, load_training_state, save_tensors, save_training_state
 from .search_base import SearchBase
 from .spending import Spending
+from .starts import find_start, supernet_from
 from .step import Trainer
 from .supernet import Mixture, count_correct, norms_of
 from .trials.confirm import confirm
@@ -119,8 +120,14 @@ class OneShotSearch(SearchBase):
                 raise InputError("sharing shared is not what strategy unshared does: use --strategy uniform")
         else:  # steps use some of the weights, and the wrapper must not wait for the gradients of others
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        prepare = None
+        if config.pretrained_from:
+            if config.init_from:
+                raise InputError("pretrained-from and init-from are two starts: give one of them")
+            start = None if folder.epoch else find_start(config.pretrained_from, config.model)
+            prepare = functools.partial(supernet_from, start=start, label_names=self.data.label_names)
         self.mixture = Mixture(
-            self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing, config.pretrained
+            self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing, config.pretrained, prepare
         )
         if config.init_from and not folder.epoch:
             start_from(config.init_from, self.mixture, config)

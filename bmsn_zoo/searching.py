@@ -19,6 +19,7 @@ from .optimizer import create_optimizer, set_learning_rate
 from .relaxed import RELAXED, RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config, run_name
 from .spending import cost_quarters, decay_powers
+from .starts import find_start
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import STRATEGIES, Draw, Strategy, create_strategy
 from .trials import PLANS
@@ -159,6 +160,9 @@ def start(given: dict[str, Any], told: bool = False) -> Path:
     settings = over_recipe(load_recipe(recipe, SearchConfig) if recipe else {}, given)
     if settings.get("init_from") and not resume:
         settings["init_from"] = hub.pin(settings["init_from"])
+    if settings.get("pretrained_from") and not resume:
+        origin = find_start(settings["pretrained_from"])
+        settings = {"model": origin.model, **settings, "pretrained_from": origin.name}
     path = Path(output) if output else None
     config = resolve_config(SearchConfig, settings, path, resume)
     if dry:

@@ -1,6 +1,6 @@
 """`Mixture`: M supernets over one search space, and the exhaustive evaluation of their layouts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ class Mixture:
         sharing: whether a unit has one set of weights ("shared"), or one for each resolution, which start with the
             "same" values or at "random", see `UnsharedSupernet`.
         pretrained: start from the weights that timm knows for the backbone, classifiers apart.
+        prepare: called with each network as it is made, to give it other weights.
 
     Raises:
         InputError: if it has none.
@@ -39,8 +40,9 @@ class Mixture:
         seed: int,
         sharing: str = "shared",
         pretrained: bool = False,
+        prepare: Callable[[Any], None] | None = None,
     ) -> None:
-        self.space, self.sharing, self.pretrained = space, sharing, pretrained
+        self.space, self.sharing, self.pretrained, self._prepare = space, sharing, pretrained, prepare
         self.supernets: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             for index in range(mixture_size):
@@ -48,10 +50,17 @@ class Mixture:
                 self.supernets.append(self._create(num_classes, in_chans))
 
     def _create(self, num_classes: int, in_chans: int) -> Any:
-        create = partial(self.space.backbone.create, num_classes=num_classes, in_chans=in_chans)
+        make = partial(self.space.backbone.create, num_classes=num_classes, in_chans=in_chans)
         if self.pretrained:
             require_weights(self.space.name)
-            create = partial(create, pretrained=True)
+            make = partial(make, pretrained=True)
+
+        def create() -> Any:
+            network = make()
+            if self._prepare:
+                self._prepare(network)
+            return network
+
         if self.sharing == "shared":
             return create()
         levels = max(layout.num_scales for layout in self.space)

@@ -122,9 +122,7 @@ class Training:
             check_license(config.license)
         if config.init_from and config.pretrained:
             raise InputError("init-from and pretrained are two starts: give one of them")
-        origin = find_start(config.init_from) if config.init_from and not folder.epoch else None
-        if origin and origin.model != config.model:
-            raise InputError(f"init-from {config.init_from} is a {origin.model}, not a {config.model}")
+        origin = find_start(config.init_from, config.model) if config.init_from and not folder.epoch else None
         backbone = backbone_of(config.model)
         self.layout = backbone.check(backbone.default_layout if config.layout is None else config.layout)
         self.found = hub.load_search(config.from_search) if config.from_search else None
@@ -419,6 +417,7 @@ def settings_from_search(result: SearchResult, pick: str) -> dict[str, Any]:
         _log.warning("training %s %s: %s", what, entry.layout, result.undecided)
     inherited = with_reachable_data({key: result.settings.get(key) for key in _INHERITED})
     inherited["pretrained"] = bool(inherited["pretrained"])  # older searches do not say
+    inherited["init_from"] = result.settings.get("pretrained_from")
     return {**inherited, "image_size": result.dataset.image_size, "layout": entry.layout}
 
 

@@ -322,7 +322,7 @@ def test_a_search_without_a_winner_names_none(runs, tmp_path):
     search = SearchResult.read(runs.search / "search.json").model_copy(update={"undecided": "all are alike"})
     text = search_card(portable(search), "me/search")
     assert "No winner: all are alike.\n" in text
-    assert "# trains 4-3-3 from scratch" in text
+    assert "# trains 4-3-3\n" in text
     assert "First choice" not in text
     other = search.model_copy(update={"assignment_matrix": None, "settings": {**search.settings, "strategy": "mcts"}})
     assert "ranked by the strategy mcts with 2 supernets. No" in (text := search_card(portable(other), "me/search"))

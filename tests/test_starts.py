@@ -12,9 +12,10 @@ from small_runs import COMMON, run
 from timm.models import save_for_hf
 
 from bmsn_zoo import InputError, hub
+from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
-from bmsn_zoo.card import relicense
-from bmsn_zoo.results import TrainResult
+from bmsn_zoo.card import portable, relicense, search_card
+from bmsn_zoo.results import SearchResult, TrainResult, TrialResult
 from bmsn_zoo.starts import find_start, start_from
 
 STILL = ["--lr", 0, "--weight-decay", 0]
@@ -131,7 +132,7 @@ def test_stems_are_adapted_as_timm_does_and_heads_of_other_classes_stay_fresh(so
     images = {1: gray, 3: gray.repeat(1, 3, 1, 1)}
     stem, own = stock.conv1, network.conv1
     assert torch.allclose(own(images[here]), stem(images[source]), atol=1e-5), "gray images look alike to both"
-    with pytest.raises(InputError, match=r"init-from .* does not fit the network"):
+    with pytest.raises(InputError, match=r"start .* does not fit the network"):
         start_from(timm.create_model("bmsn_resnet18"), find_start(str(tmp_path)), [])
 
 
@@ -156,4 +157,61 @@ def test_mistakes_are_one_line(trained, image_folder, tmp_path, capfd):
         assert run(train_module, "--dataset", image_folder, *COMMON, *flags, "--output", tmp_path / "run") == 2
         error = capfd.readouterr().err.strip().splitlines()[-1]
         assert expected in error and "Traceback" not in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_supernets_and_what_is_trained_of_them_start_from_a_trained_network(trained, image_folder, tmp_path):
+    base = ["--dataset", image_folder, *COMMON, "--mixture-size", 2, "--confirm", 2, "--pretrained-from", trained]
+    assert run(search_module, *base, "--lr", 0, "--min-lr", 0, "--output", tmp_path / "search") == 0
+    before, after = weights(trained), load_file(tmp_path / "search" / "supernets.safetensors")
+    assert {key.partition(".")[2] for key in after} == {
+        key for key in before if not any(part in key for part in LEARNT_WITHOUT_RATE)
+    }, "with scale and shift, without running statistics"
+    assert all(torch.equal(tensor, before[key.partition(".")[2]]) for key, tensor in after.items()), "the rate was 0"
+    result = SearchResult.read(tmp_path / "search" / "search.json")
+    assert result.norms == "statistics of the batch, with scale and shift"
+    for trial in (tmp_path / "search" / "trials").iterdir():
+        assert TrialResult.read(trial / "trial.json").settings["init_from"] == str(trained)
+    card = search_card(portable(result), "me/search")
+    assert "the weights of `found`" in card and str(trained.parent) not in card
+
+    inherited = ["--from-search", tmp_path / "search", *COMMON, *STILL, "--output", tmp_path / "train"]
+    assert run(train_module, *inherited) == 0
+    assert settings(tmp_path / "train")["init_from"] == str(trained)
+    assert torch.equal(weights(tmp_path / "train")["conv1.weight"], before["conv1.weight"])
+
+
+def test_searches_from_a_network_resume_without_it(trained, image_folder, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(trained / "model", source)
+    base = ["--dataset", image_folder, *COMMON[:2], "--epochs", 2, "--mixed-precision", "no", "--confirm", 0]
+    base += ["--mixture-size", 1, "--no-latency", "--pretrained-from", source]
+    assert run(search_module, *base, "--output", tmp_path / "whole") == 0
+
+    def stop(self, epoch, *rest):
+        if epoch == 1:
+            raise InputError("cut")
+        return end_epoch(self, epoch, *rest)
+
+    end_epoch = search_module.OneShotSearch.end_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.OneShotSearch, "end_epoch", stop)
+        assert run(search_module, *base, "--output", tmp_path / "cut") != 0
+    shutil.rmtree(source)
+    assert run(search_module, "--output", tmp_path / "cut", "--resume") == 0
+    cut, whole = ((tmp_path / name / "supernets.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert cut == whole
+
+
+def test_starts_of_searches_that_cannot_be_used(trained, image_folder, tmp_path, capfd):
+    base = ["--dataset", image_folder, *COMMON, "--output", tmp_path / "run", "--pretrained-from"]
+    capfd.readouterr()
+    for flags, expected in (
+        ([image_folder], "holds no trained model: config.json is missing"),
+        ([trained, "--model", "bmsn_resnet18"], "is a bmsn_resnet20, not a bmsn_resnet18: give --model bmsn_resnet20"),
+        ([trained, "--pretrained"], "are two starts"),
+        ([trained, "--init-from", trained], "finished search"),
+    ):
+        assert run(search_module, *base, *flags) == 2
+        assert expected in capfd.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "run").exists()

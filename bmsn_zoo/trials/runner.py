@@ -36,7 +36,7 @@ _one_at_a_time = threading.Lock()  # a worker of a cluster may have several thre
 def trial_config(config: SearchConfig, trial: Trial, precision: str, threads: int | None) -> TrainConfig:
     """The training of a trial: the search's own settings, on its weight split, measured on its score split."""
     shared = {name: getattr(config, name) for name in (*DataConfig.model_fields, *_SHARED)}
-    shared |= {"recipe": None, "report_to": None}
+    shared |= {"recipe": None, "report_to": None, "init_from": config.pretrained_from}
     own = {"layout": str(trial.layout), "seed": trial.seed, "epochs": trial.epochs, "mixed_precision": precision}
     held = {"holdout": 0.5, "holdout_seed": config.seed, "measure": "holdout"}
     return TrainConfig(**{**shared, **own, **held, "threads": threads})
