@@ -348,7 +348,7 @@ def test_every_setting_can_be_given_as_a_flag(command):
         plain = {bool: not field.default, str: "text", int: 2 * int(low or 0) + 3, float: float(low or 0) + 0.5}
         values[name] = choices[0] if choices else plain[kind_of(SearchConfig, name)]
     values.update(max_macs="default", max_activations="1e6")
-    for name in ("recipe", "init_from", "pretrained_from", "budget"):  # names of files, which are read, and what replaces epochs
+    for name in ("recipe", "init_from", "pretrained_from", "budget"):  # names of what is read, and a second end
         values[name] = None
     argv = []
     for name, value in values.items():
