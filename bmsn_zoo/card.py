@@ -69,6 +69,7 @@ def write_card(
         model_name=model_name,
         result=result,
         onnx=(folder / "model.onnx").exists(),
+        picture=(folder / "layout.png").exists(),
         preparation=preparation(data.in_chans, data.image_size, data.crop_pct),
         mode="RGB" if data.in_chans == 3 else "L",
         rows=[result] if default is None else [default, result],

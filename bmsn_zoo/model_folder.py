@@ -17,12 +17,13 @@ from .export import export_onnx, preparation, require_onnx
 from .files import read_bytes, read_json, sha256, write_json
 from .models import PoolingResNet, RelaidResNet
 from .models.found import HUB_ORG
+from .report import PICTURE, draw_model
 from .results import SearchResult, TrainResult
 from .run_folder import check_weights
 
 # all that a model folder may hold: no pickle is among it
 _RECORDS = ("config.json", "metrics.json", "metrics.jsonl", "search.json")
-MODEL_FILES = ("README.md", *_RECORDS, "model.onnx", "model.safetensors")
+MODEL_FILES = ("README.md", *_RECORDS, PICTURE, "model.onnx", "model.safetensors")
 _ARGUMENTS = ("model", "layout", "stem")  # of a model, beside what config.json says elsewhere
 # what may differ between models that are compared: what is compared, and where the data lay, whose fingerprints count
 _DATA = {"fingerprint", "test_fingerprint", "image_size"}
@@ -68,6 +69,7 @@ def save_model(
     portable(metrics).model_copy(update=checksum).write(folder / "metrics.json")
     if search is not None:
         portable(search).write(folder / "search.json")
+    draw_model(folder)
     write_card(folder)
     if onnx:
         export_onnx(model, folder / "model.onnx", label_names)
@@ -166,6 +168,7 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
         config["pretrained_cfg"].update(hf_hub_id=f"{HUB_ORG}/{name}", hf_hub_filename="model.safetensors")
         write_json(partial / "config.json", config)
         export_onnx(model, partial / "model.onnx", config["label_names"])
+        draw_model(partial)
         write_card(partial, f"{HUB_ORG}/{name}", compared, name)
         load_model(partial)
         partial.rename(folder)

@@ -51,11 +51,13 @@ class Axis:
         found = list(values)
         low, high = min(found), max(found)
         if log := log and low > 0 and high > 2 * low:
-            tens, subs = range(int(math.log10(low)) - 1, 10), (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
-            low, high, ticks = low / 1.15, high * 1.05, [10.0**ten * sub for ten in tens for sub in subs]
+            subs, wide = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5, 7), high > 4 * low
+            ticks = [10.0**ten * sub for ten in range(math.floor(math.log10(low)), 10) for sub in subs]
+            low, high = low / 1.15, high * 1.05
         else:
             room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
-            low, high = low - room, high + room
+            wide, low, high = False, low - room, high + room
+        if not wide:
             ticks = list(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
         return cls(low, high, start, end, log, [tick for tick in map(float, ticks) if low <= tick <= high])
 

@@ -1,5 +1,6 @@
 """Tables and pictures of a run, made from its folder alone: python -m bmsn_zoo.report RUN_FOLDER"""
 
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,15 +15,21 @@ from .command import run_command
 from .config import DataConfig
 from .errors import InputError
 from .files import read_text
+from .layout import Layout
 from .progress import duration
 from .ranking import standard_error, ties
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
+from .search_space import backbone_of
 from .usage import parser_of, start_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
+_BELOW: dict[str, Any] = dict(
+    loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False, markerscale=0.7
+)
+PICTURE = "layout.png"  # of a model folder
 _NAMES = {
     "default": "train the default",
     "best_within_default_macs": "the best within the default's cost",
@@ -76,8 +83,11 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> None:
+    from PIL import Image
+
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(drawn := io.BytesIO())
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
 
 
 def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequence[float]) -> None:
@@ -162,7 +172,14 @@ def draw_accuracy_macs(result: SearchResult) -> "Figure":
     return figure
 
 
-def _draw_accuracy_against(axes: Any, result: SearchResult, label: str, price: Callable[[Entry], float]) -> None:
+def _draw_accuracy_against(
+    axes: Any, result: SearchResult, label: str, price: Callable[[Entry], float], shown: str = ""
+) -> None:
+    """`shown` is a layout to mark."""
+    from matplotlib.ticker import NullLocator
+
+    from .page import Axis
+
     def points(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
         return [price(entry) for entry in entries], [100 * entry.accuracy for entry in entries]
 
@@ -175,22 +192,27 @@ def _draw_accuracy_against(axes: Any, result: SearchResult, label: str, price: C
         within = next(entry for entry in result.ranking if price(entry) <= price(default))
         ring: dict[str, Any] = dict(facecolors="none", edgecolors="#1d4ed8", linewidths=1.5)
         axes.scatter(*points([within]), s=130, label="best within it", zorder=5, **ring)
-    axes.set_xscale("log")
-    axes.set_xlim(left=axes.get_xlim()[0] * 0.85)  # room for the labels, which stand where no point is
+    if shown:
+        box: dict[str, Any] = dict(facecolors="none", edgecolors="#047857", linewidths=1.5, marker="s")
+        axes.scatter(*points([result.pick(shown)]), s=170, label=f"this model, {shown}", zorder=6, **box)
+    scale = Axis.of(map(price, result.ranking), 0, 1, log=True)
+    axes.set_xscale("log" if scale.log else "linear")
+    axes.set_xticks(scale.ticks)
+    axes.set_xlim(scale.low * (1 - 0.12 * (1 - scale.low / scale.high)), scale.high)  # room for labels
     spots: list[Any] = []
     for entry in reversed(front):
         at = (price(entry), 100 * entry.accuracy)
         spot = axes.transAxes.inverted().transform(axes.transData.transform(at))
         if all(abs(spot[0] - x) > 0.11 or abs(spot[1] - y) > 0.035 for x, y in spots):
             spots.append(spot)
-            axes.annotate(entry.layout, at, xytext=(-5, 4), textcoords="offset points", fontsize=7, ha="right")
+            axes.annotate(entry.layout, at, xytext=(-8, 4), textcoords="offset points", fontsize=7, ha="right")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.set_ylabel("score-split accuracy in the search, %")
+    axes.margins(y=0.08)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(**_BELOW)
 
 
 def draw_training(folder: Path) -> None:
@@ -209,6 +231,36 @@ def draw_training_curves(folder: Path) -> "Figure":
         curves["held-out training images"] = held
     _draw_curves(accuracy, rows, "accuracy, %", **curves)
     return figure
+
+
+def draw_model(folder: Path) -> None:
+    """Draw layout.png of a model folder: where its network downsamples, and, beside it, where its search saw it."""
+    result, file = TrainResult.read(folder / "metrics.json"), folder / "search.json"
+    search = SearchResult.read(file) if file.exists() else None
+    backbone, size = backbone_of(result.model), result.dataset.image_size
+    sides = {one: backbone.resolutions(one, size) for one in (Layout.parse(result.layout), backbone.default_layout)}
+    figure = _figure(10 if search else 5, 4.2)
+    panels = figure.subplots(1, 2 if search else 1, squeeze=False)[0]
+    stairs = panels[0]
+    for layout, steps in sides.items():
+        name = f"{layout}{', the default' * (layout == backbone.default_layout)}"
+        if str(layout) == result.layout:
+            stairs.bar(range(len(steps)), steps, 0.9, align="edge", color=_HIGHLIGHT, label=name)
+        else:
+            stairs.stairs(steps, color="black", linestyle="--", linewidth=1.5, label=name, zorder=3)
+    ticks = sorted({side for steps in sides.values() for side in steps})
+    stairs.set_yscale("log", base=2)
+    stairs.set_ylim(ticks[0] / 2, ticks[-1] * 1.2)
+    stairs.set_yticks(ticks, [f"{side} px" for side in ticks])
+    stairs.set_xlabel("units, from the image to the classifier")
+    stairs.set_title("side of the feature maps")
+    stairs.legend(**_BELOW)
+    if search:
+        label, price = next(iter(search.prices().items()))
+        _draw_accuracy_against(panels[1], search, label, price, result.layout)
+        panels[1].set_title(f"all {len(search.layouts)} layouts in its search")
+    figure.suptitle(f"{result.model} {result.layout} on {_subject(result)}", fontsize=10)
+    _save(figure, folder / PICTURE)
 
 
 def draw_confusion(confusion: Any, classes: Sequence[str], path: Path) -> None:

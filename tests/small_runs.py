@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bmsn_zoo import hub, model_folder
+from bmsn_zoo import Layout, hub, model_folder
 from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
+from bmsn_zoo.cost import rows_of
 from bmsn_zoo.models.found import register_folder
-from bmsn_zoo.results import SearchResult
+from bmsn_zoo.results import Latencies, LatencyResult, SearchResult
 
 FOUND, DEFAULT = "bmsn_resnet20_compass", "bmsn_resnet20_compass_default"
 COMMON = ["--batch-size", "16", "--epochs", "1", "--mixed-precision", "no"]
@@ -19,6 +20,14 @@ COMMON = ["--batch-size", "16", "--epochs", "1", "--mixed-precision", "no"]
 def run(module, *arguments):
     """Call a command in this process; returns its exit code."""
     return module.main([*map(str, arguments)])
+
+
+def latency_of(result, hardware):
+    """Latencies as a search would measure them, if every unit took as long as every other."""
+    rows = {row: [0.001, 0.002, 0.003] for layout in result.layouts for row in rows_of(Layout.parse(layout))}
+    batches = [Latencies.of_times(batch, rows, {Layout.parse("4-3-3"): [0.021, 0.022, 0.023]}) for batch in (1, 64)]
+    about = dict(device="cpu", hardware=hardware, precision="fp32", threads=2, torch="2.9")
+    return LatencyResult(**about, batches=batches)
 
 
 def make(data: Path) -> SimpleNamespace:

@@ -1,6 +1,7 @@
 """Tables and pictures from run folders, whole, damaged or of another kind."""
 
 import html
+import itertools
 import json
 import random
 import re
@@ -9,13 +10,13 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from small_runs import run
+from small_runs import latency_of, run
 
-from bmsn_zoo import Layout, report
-from bmsn_zoo.cost import rows_of
+from bmsn_zoo import report
+from bmsn_zoo.page import Axis
 from bmsn_zoo.ranking import ties
 from bmsn_zoo.report import search_table
-from bmsn_zoo.results import Choice, Confirmation, Latencies, LatencyResult, SearchResult, TrainResult
+from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.timeout(200)
@@ -72,14 +73,6 @@ class Page(HTMLParser):
 
     def count(self, tag):
         return sum(name == tag for name, _ in self.elements)
-
-
-def latency_of(result, hardware):
-    """Latencies as a search would measure them, if every unit took as long as every other."""
-    rows = {row: [0.001, 0.002, 0.003] for layout in result.layouts for row in rows_of(Layout.parse(layout))}
-    batches = [Latencies.of_times(batch, rows, {Layout.parse("4-3-3"): [0.021, 0.022, 0.023]}) for batch in (1, 64)]
-    about = dict(device="cpu", hardware=hardware, precision="fp32", threads=2, torch="2.9")
-    return LatencyResult(**about, batches=batches)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +178,44 @@ def test_a_browser_shows_it_whole(width, hostile, tmp_path):
     )
     assert (taken, wider, inner, cut, sorted_, left) == (False, False, width, [], True, 1)
     assert "CONSOLE" not in done.stderr
+
+
+def test_colors_are_told_apart_from_their_backgrounds_by_day_and_by_night(runs, tmp_path):
+    """WCAG's contrast: 4.5 of text, 3 of what is drawn."""
+
+    def light(color):
+        channels = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
+
+    def contrast(one, other):
+        low, high = sorted(map(light, (one, other)))
+        return (high + 0.05) / (low + 0.05)
+
+    run(report, runs.search, "--output", tmp_path / "page.html")
+    schemes = re.findall(r":root \{(.*?)\}", (tmp_path / "page.html").read_text(encoding="utf-8"), re.S)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colors = {}
+        for name, digits in re.findall(r"--(\w+): #(\w+)", scheme):
+            digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+            colors[name] = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        backs = [colors.pop("back"), colors.pop("card")]
+        colors.pop("line")  # only leads the eye
+        for name, color in colors.items():
+            least = 4.5 if name in ("text", "soft", "c1") else 3
+            assert all(contrast(color, back) >= least for back in backs), name
+        darkest = [int(part) / 255 for part in re.search(r"--cell: (\d+) (\d+) (\d+)", scheme).groups()]
+        darkest = [0.45 * part + 0.55 * back for part, back in zip(darkest, backs[0], strict=True)]
+        assert contrast(colors["text"], darkest) >= 4.5
+
+
+@pytest.mark.parametrize("low", [0.021, 1.2, 3.0, 37.3, 990.0])
+def test_an_axis_has_some_ticks_whatever_it_shows(low):
+    for ratio in (1.01, 1.5, 2.2, 3.5, 6.0, 9.0, 12.0, 40.0, 200.0):
+        axis = Axis.of([low, low * ratio], 0, 300, log=True)
+        places = [axis.at(tick) for tick in axis.ticks]
+        assert 3 <= len(places) <= 9 and places == sorted(places) and places[0] >= 0 and places[-1] <= 300
+        assert min(b - a for a, b in itertools.pairwise(places)) > 14, "and none is written over another"
 
 
 def test_help(capsys):
