@@ -12,7 +12,6 @@ import jinja2
 import yaml
 from scipy.stats import binomtest
 
-from .errors import InputError
 from .export import preparation
 from .files import write_text
 from .layout import Layout
@@ -141,17 +140,6 @@ def _render(template: str, result: SearchResult | TrainResult, **values: Any) ->
     license = getattr(result, "license", None) or ("apache-2.0" if unlicensed else None)
     values.update(result=result, unlicensed=unlicensed, license=license, licensed=_licensed(license))
     return template_environment().get_template(template).render(values).rstrip() + "\n"
-
-
-def check_license(name: str) -> str:
-    """The name of a licence, if the Hub may know it.
-
-    Raises:
-        InputError: if it cannot be one.
-    """
-    if not re.fullmatch("[a-z0-9][a-z0-9.+-]{0,60}", name):
-        raise InputError(f"license {name!r} is no name of the Hub's: write it as apache-2.0, mit, cc-by-4.0 or other")
-    return name
 
 
 def _licensed(license: str | None) -> str:

@@ -16,6 +16,7 @@ from .errors import InputError, brief
 from .files import read_yaml
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+LICENSE = "[a-z0-9][a-z0-9.+-]{0,60}"  # as the Hub writes them
 _LIMIT = re.compile(r"default|\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?x?")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
 FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
@@ -108,6 +109,9 @@ class DataConfig(BaseModel):
         choices=("tensorboard", "trackio", "wandb"),
         environment=True,
     )
+    license: str | None = setting(
+        None, "licence of the weights that the card names, as the Hub writes it, such as mit; none", environment=True
+    )
     workers: int | None = setting(
         None, "processes that read images; one for each thread, at most 8", 0, environment=True
     )
@@ -132,6 +136,8 @@ class DataConfig(BaseModel):
             raise ValueError(f"{brief(value)} is too large: it must be at most {high}")
         if choices and value is not None and value not in choices:
             raise ValueError(f"{brief(value)} is unknown: use {_options(choices)}")
+        if info.field_name == "license" and value is not None and not re.fullmatch(LICENSE, value):
+            raise ValueError(f"{brief(value)} is no name of the Hub's: write it as apache-2.0, mit, cc-by-4.0 or other")
         return value
 
     def settings(self) -> dict[str, Any]:
@@ -381,9 +387,6 @@ class TrainConfig(DataConfig):
     drop_rate: float = setting(0.0, "dropout before the classifier", 0, 0.99)
     alternate_flip: bool = setting(False, "mirror every image in every second epoch instead of at random")
     onnx: bool = setting(False, "also write the network as model/model.onnx", environment=True)
-    license: str | None = setting(
-        None, "licence of the weights that the card names, as the Hub writes it, such as mit; none", environment=True
-    )
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
     holdout_seed: int | None = setting(
         None,

@@ -23,14 +23,14 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
 from . import __version__
-from .card import SOME_NAME, check_license, portable, relicense, search_card
+from .card import SOME_NAME, portable, relicense, search_card
 from .client import one_line
 from .command import run_command
-from .config import shipped_folder
+from .config import DataConfig, shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
 from .model_folder import MODEL_FILES, add, load_model
-from .results import SearchResult
+from .results import SearchResult, TrainResult
 from .run_folder import load_tensors
 from .usage import parser_of
 
@@ -181,7 +181,7 @@ def push(
         private: make a new repository private, and refuse one that is public.
         revision: branch to push to; made if it does not exist.
         create_pr: open a pull request instead of committing.
-        license: what the card is to name instead of its own, as the Hub writes it.
+        license: what the card and the record are to name instead of their own, as the Hub writes it.
         token: what the user is logged in with if None.
         endpoint: another Hub than that of HF_ENDPOINT.
 
@@ -192,11 +192,10 @@ def push(
         InputError: if the folder is not whole, or the Hub cannot be written; the message says how to push again.
     """
     check_target(repo_id, private, revision, create_pr)
+    DataConfig(license=license)  # refuses what is none
     folder = Path(folder)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    title, allowed, files = _contents(folder, repo_id)
-    if license:
-        files["README.md"] = relicense(bytes(files["README.md"]).decode(), check_license(license)).encode()
+    title, allowed, files = _contents(folder, repo_id, license)
     api = HfApi(endpoint, token, library_name="bmsn_zoo", library_version=__version__)
     try:
         with one_line(repo_id):
@@ -224,17 +223,25 @@ def push(
     return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
-def _contents(folder: Path, repo_id: str) -> tuple[str, tuple[str, ...], dict[str, bytes | Path]]:
+def _contents(
+    folder: Path, repo_id: str, license: str | None = None
+) -> tuple[str, tuple[str, ...], dict[str, bytes | Path]]:
     """What to call a folder's push, the files that it may hold, and those it holds with their content."""
+    named = {"license": license} if license else {}
     if (folder / "config.json").is_file():
         model = load_model(folder)
         files: dict[str, bytes | Path] = {name: folder / name for name in MODEL_FILES if (folder / name).is_file()}
-        files["README.md"] = read_text(folder / "README.md").replace(SOME_NAME, repo_id).encode()
+        card = read_text(folder / "README.md").replace(SOME_NAME, repo_id)
+        files["README.md"] = (relicense(card, license) if license else card).encode()
+        if license:
+            record = TrainResult.read(folder / "metrics.json").model_copy(update=named)
+            files["metrics.json"] = (json.dumps(record.content(), indent=1) + "\n").encode()
         return f"{model.pretrained_cfg['architecture']} {model.layout}", MODEL_FILES, files  # type: ignore[index]
     if not (folder / "search.json").is_file():
         raise InputError(f"{folder} holds neither a model (config.json) nor a finished search (search.json)")
     searched = load_search(str(folder))
     result = portable(searched if "trials" in searched.details else load_supernets(str(folder))[0])
+    result = result.model_copy(update=named)
     files = {name: folder / name for name in SEARCH_FILES if (folder / name).is_file()}
     files["README.md"] = search_card(result, repo_id).encode()
     files["config.yaml"] = yaml.safe_dump(result.settings, sort_keys=False).encode()

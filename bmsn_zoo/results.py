@@ -21,7 +21,7 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 from . import cost
-from .config import DataConfig, SearchConfig, TrainConfig, build_config
+from .config import LICENSE, DataConfig, SearchConfig, TrainConfig, build_config
 from .errors import InputError
 from .files import read_bytes, write_json
 from .layout import Layout
@@ -46,6 +46,7 @@ Setting = bool | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | str | No
 Settings = dict[str, Setting]  # what was computed, see the configs
 Names = Annotated[list[str], FailFast()]
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # a fraction that was computed
+License = Annotated[str, Field(pattern=f"^{LICENSE}$")] | None
 _Row = Annotated[list[Share], FailFast()]
 Matrix = TypeAliasType("Matrix", Annotated[list[_Row], FailFast()])  # (L, M): a row for each layout
 
@@ -531,6 +532,7 @@ class SearchResult(Ranking, Run):
         details: what else the strategy says of its search.
         confirmed: what its choices showed when they were trained alone; None if they were not.
         latency: of its layouts, as networks that are deployed; None if it was not measured.
+        license: of its supernets' weights, as the Hub writes it; None if none was named.
     """
 
     settings: Annotated[Settings, _checked(SearchConfig)]
@@ -544,6 +546,7 @@ class SearchResult(Ranking, Run):
     details: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = {}
     confirmed: Confirmation | None = None
     latency: LatencyResult | None = None
+    license: License = None
 
     @model_validator(mode="after")
     def _is_about_its_own(self) -> Self:
@@ -599,7 +602,7 @@ class TrainResult(Run):
     runs: Count
     train_images: Count
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    license: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.+-]{0,60}$")] | None = None
+    license: License = None
     class_images: Annotated[list[Count] | None, FailFast()] = None
     class_right: Annotated[list[Count] | None, FailFast()] = None
     confused: Annotated[list[Annotated[list[Count], Field(min_length=3, max_length=3)]], FailFast()] = []

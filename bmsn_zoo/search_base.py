@@ -137,6 +137,7 @@ class SearchBase:
             seed=config.seed,
             dataset=SearchDataset(**self.source.describe(self.data), weight_images=weight, score_images=score),
             latency=self.latency,
+            license=config.license,
             **about,
         ).write(folder.path / "search.json")
         report.draw_search(folder.path)

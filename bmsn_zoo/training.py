@@ -20,7 +20,6 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from . import cost, hub, progress, report, runtime
-from .card import check_license
 from .command import rank, run_command, speak, take_dry_run
 from .config import TrainConfig, fit_training, load_recipe, shipped_recipes, with_reachable_data
 from .data import (
@@ -118,8 +117,6 @@ class Training:
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
         multiple = 2 if config.mixup or config.cutmix else 1
         check_batch_size(config.batch_size, accelerator.num_processes, multiple)
-        if config.license:
-            check_license(config.license)
         if config.init_from and config.pretrained:
             raise InputError("init-from and pretrained are two starts: give one of them")
         origin = find_start(config.init_from, config.model) if config.init_from and not folder.epoch else None

@@ -24,7 +24,7 @@ _RUNS: dict[str, type[SearchConfig] | type[TrainConfig]] = {"search": SearchConf
 _MODULES = {"search": "searching", "train": "training"}  # others are in a module of their name
 _ABOUT = {
     "search": "Search where a convolutional network should downsample.",
-    "train": "Train one pooling layout from scratch.",
+    "train": "Train one layout, from scratch, or from the weights of --init-from or --pretrained.",
     "hub": "Push models and searches to the Hugging Face Hub, and add found models to the zoo.",
     "evaluate": "Measure the accuracy of a model of the zoo, or of any model folder, again.",
     "predict": "Print the most probable labels of images.",
@@ -100,11 +100,11 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         single = commands.add_parser("push", help="push a model folder or a finished search to the Hub")
         single.add_argument("folder")
         single.add_argument("repo_id", metavar="USER/REPO")
-        add_push_flags(single)
-        single.add_argument("--license", metavar="NAME", help="licence that the card names instead, such as mit")
         every = commands.add_parser("push-all", help="push every model of the zoo")
         every.add_argument("org")
-        add_push_flags(every)
+        for pushing in (single, every):
+            add_push_flags(pushing)
+            pushing.add_argument("--license", metavar="NAME", help="licence that cards name instead, such as mit")
         new = commands.add_parser("add", help="make a model of the zoo from a finished training")
         new.add_argument("run", metavar="RUN_FOLDER")
         new.add_argument("name")

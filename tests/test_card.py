@@ -12,14 +12,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from small_runs import DEFAULT, FOUND
 
-from bmsn_zoo import Layout
+from bmsn_zoo import Layout, hub
 from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, write_card
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
 from bmsn_zoo.model_folder import load_model, save_model
 from bmsn_zoo.ranking import standard_error
-from bmsn_zoo.report import search_table
+from bmsn_zoo.report import PICTURE, search_table
 from bmsn_zoo.results import SearchResult, TrainResult
 
 pytestmark = pytest.mark.timeout(120)
@@ -95,6 +95,35 @@ def test_origin_and_training_are_told(runs):
     plain = (runs.zoo / DEFAULT / "README.md").read_text()
     assert "It is the layout of the original network" in plain
     assert "accelerate launch train.py --layout 4-3-3 --dataset compass\n" in plain
+
+
+def test_a_card_shows_a_picture_if_its_folder_has_one(runs, tmp_path):
+    for folder in (runs.found / "model", *(ZOO / name for name in SHIPPED), runs.zoo / FOUND, runs.zoo / DEFAULT):
+        with Image.open(folder / PICTURE) as picture:
+            wide = picture.width > 1.5 * picture.height
+        assert wide == (folder / "search.json").exists(), "where its search saw it lies beside where it downsamples"
+        assert 5_000 < (folder / PICTURE).stat().st_size < 100_000
+        assert f"]({PICTURE})\n" in (folder / "README.md").read_text(encoding="utf-8")
+        assert hub._contents(folder, "me/net")[2][PICTURE] == folder / PICTURE
+    older = shutil.copytree(folder, tmp_path / "model")
+    (older / PICTURE).unlink()
+    write_card(older)
+    assert PICTURE not in (older / "README.md").read_text(encoding="utf-8")
+    assert PICTURE not in hub._contents(older, "me/net")[2], "what was written before there were pictures is whole"
+
+
+def test_a_search_is_published_under_the_licence_that_is_named(runs, tmp_path):
+    def told(folder, *named):
+        files = hub._contents(folder, "me/search", *named)[2]
+        record = SearchResult.model_validate_json(files["search.json"])
+        return record.license, ModelCard(files["README.md"].decode()).data.license
+
+    assert told(runs.search) == (None, None)
+    assert told(runs.search, "mit") == ("mit", "mit")
+    own = shutil.copytree(runs.search, tmp_path / "search")
+    SearchResult.read(own / "search.json").model_copy(update={"license": "cc0-1.0"}).write(own / "search.json")
+    assert told(own) == ("cc0-1.0", "cc0-1.0")
+    assert told(own, "mit") == ("mit", "mit")
 
 
 def test_usage_without_a_zoo_name(runs):

@@ -15,6 +15,7 @@ from bmsn_zoo import InputError, hub
 from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
 from bmsn_zoo.card import portable, relicense, search_card
+from bmsn_zoo.model_folder import load_model
 from bmsn_zoo.results import SearchResult, TrainResult, TrialResult
 from bmsn_zoo.starts import find_start, start_from
 
@@ -109,10 +110,15 @@ def test_hub_repositories_are_pinned(server, trained, image_folder, tmp_path):
         find_start("alice/pickle")
 
 
-def test_a_push_names_another_licence_and_leaves_the_folder_alone(server, trained):
+def test_a_push_names_another_licence_and_leaves_the_folder_alone(server, trained, tmp_path):
     before = (trained / "model" / "README.md").read_bytes()
     assert run(hub, "push", trained, "alice/mine", "--license", "mit") == 0
-    assert ModelCard(server.files("alice/mine")["README.md"].decode()).data.license == "mit"
+    pushed = server.files("alice/mine")
+    assert ModelCard(pushed["README.md"].decode()).data.license == "mit"
+    assert json.loads(pushed["metrics.json"])["license"] == "mit"
+    for name, content in pushed.items():
+        (tmp_path / name).write_bytes(content)
+    assert load_model(tmp_path).layout == "5-3-2", "its record is still that of its weights"
     assert (trained / "model" / "README.md").read_bytes() == before
     with pytest.raises(InputError, match="is no name of the Hub's"):
         hub.push(trained, "alice/mine", license="My own")
