@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_runs import latency_of
 
 from bmsn_zoo import InputError, Layout, SearchSpace, benchmark, compare, reference, searching
 from bmsn_zoo.compare import expected_best, quality
@@ -197,7 +198,10 @@ def test_layouts_are_trained_again_on_the_halves_of_their_search_and_tested_in_p
     asked = ["--layouts", "default, 2-3-5", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--from-search", str(home)]
     assert compare.main(asked) == 0
     first = capsys.readouterr().out
-    _, default, other, told, verdict = first.splitlines()
+    head, default, other, told, timed, verdict = first.splitlines()
+    assert max(map(len, (head, default, other))) <= 80
+    column = head.index("ms")
+    assert timed == "ms: the search timed none (--no-latency)" and default[column] == other[column] == "-"
     assert default.split()[0] == "4-3-3" and other.split()[0] == "2-3-5"
     for line in (default, other):
         files = sorted((home / "trials").glob(f"{line.split()[0]}_*/trial.json"))
@@ -211,6 +215,12 @@ def test_layouts_are_trained_again_on_the_halves_of_their_search_and_tested_in_p
     times = {file: file.stat().st_mtime_ns for file in (home / "trials").rglob("*")}
     assert compare.main(asked) == 0
     assert capsys.readouterr().out == first
+    search = SearchResult.read(home / "search.json")
+    search.model_copy(update={"latency": latency_of(search, "here")}).write(home / "search.json")
+    assert compare.main(asked) == 0
+    head, *told = capsys.readouterr().out.splitlines()
+    assert [line[head.index("ms") :].split()[0] for line in told[:2]] == ["22.00", "22.00"]
+    assert told[3] == "ms: one image, cpu, fp32, 2 threads, as the search timed it"
     assert {file: file.stat().st_mtime_ns for file in (home / "trials").rglob("*")} == times, "nothing is trained twice"
     assert compare.main([*asked, "--layouts", "default,4-3-3"]) == 2
     assert "are all 4-3-3 in this search" in capsys.readouterr().err

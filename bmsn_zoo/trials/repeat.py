@@ -82,18 +82,20 @@ def retrain(
         ])
         for layout in layouts
     }  # fmt: skip
-    return _cells(masks, {layout: result.pick(layout).macs for layout in layouts})
+    return _cells(masks, result)
 
 
-def _cells(masks: dict[str, torch.Tensor], macs: dict[str, int]) -> tuple[list[list[str]], list[str]]:
-    """The table and its lines, from which images (seeds, N) each layout gets right."""
+def _cells(masks: dict[str, torch.Tensor], search: SearchResult) -> tuple[list[list[str]], list[str]]:
+    """The table and its lines, from which images (seeds, N) each layout gets right, and what its search says of it."""
+    macs, latency = {layout: search.pick(layout).macs for layout in masks}, search.latency
     tests = paired_tests({layout: mask.sum(0) for layout, mask in masks.items()})
     (first, base), cells, lines = next(iter(masks.items())), [], []
     seeds, images = base.shape
     for layout, mask in masks.items():
         each = (100 * mask.double().mean(1)).tolist()
         cost = f"{macs[layout] / macs[first]:.2f}"
-        row = [layout, f"{mean(each):.2f}", _spread(each, images), f"{macs[layout] / 1e6:.1f}", cost]
+        took = f"{latency.single.of(layout):.2f}" if latency else "-"
+        row = [layout, f"{mean(each):.2f}", _spread(each, images), f"{macs[layout] / 1e6:.1f}", cost, took]
         if layout == first:
             cells.append([*row, "-", "-", "-"])
             continue
@@ -101,11 +103,12 @@ def _cells(masks: dict[str, torch.Tensor], macs: dict[str, int]) -> tuple[list[l
         cells.append([*row, f"{mean(gaps):+.2f}", _spread(gaps), f"{p:.2g}"])
         shown = "ties with" if p >= 0.05 else "beats" if better > worse else "is worse than"
         lines.append(f"{layout} {shown} {first}: {mean(gaps):+.2f} points at {cost} times its cost")
-    head = ["layout", "accuracy", "95 %", "MACs (M)", "cost", "gain", "95 %", "p"]
+    head = ["layout", "accuracy", "95 %", "MACs (M)", "cost", "ms", "gain", "95 %", "p"]
     told = (
         f"{images} held-out training images, which ranked layouts in the search; n = {seeds}; test images stay closed"
     )
-    return [head, *cells], [told, *lines]
+    timed = f"one image, {latency.where}, as the search timed it" if latency else "the search timed none (--no-latency)"
+    return [head, *cells], [told, f"ms: {timed}", *lines]
 
 
 def _spread(values: Sequence[float], images: int | None = None) -> str:
