@@ -1,8 +1,11 @@
 """Searches and trainings from Python: what they found as tables and pictures. Light: what computes is imported late."""
 
 import hashlib
+import logging
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +38,8 @@ def search(dataset: Any = None, output: StrPath | None = None, resume: bool = Fa
     given = _checked(SearchConfig, {"dataset": dataset, "output": output, "resume": resume, **flags})
     from . import searching
 
-    return SearchResult.load(searching.start(given))
+    with _told():
+        return SearchResult.load(searching.start(given))
 
 
 def train(dataset: Any = None, output: StrPath | None = None, resume: bool = False, **flags: Any) -> "TrainResult":
@@ -53,7 +57,27 @@ def train(dataset: Any = None, output: StrPath | None = None, resume: bool = Fal
     given = _checked(TrainConfig, {"dataset": dataset, "output": output, "resume": resume, **flags})
     from . import training
 
-    return TrainResult.load(training.start(given))
+    with _told():
+        return TrainResult.load(training.start(given))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say on the way what a command says, where a person types, in a notebook or at Python's prompt, and did not set up
+    logging otherwise."""
+    log, root, handler = logging.getLogger("bmsn_zoo"), logging.getLogger(), logging.StreamHandler()
+    before, silent = log.level, not root.handlers
+    if log.isEnabledFor(logging.INFO) or not hasattr(sys, "ps1"):
+        yield
+        return
+    try:
+        log.setLevel(logging.INFO)
+        if silent:
+            root.addHandler(handler)
+        yield
+    finally:
+        log.setLevel(before)
+        root.removeHandler(handler)
 
 
 def _checked(kind: type[SearchConfig] | type[TrainConfig], given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How far a run is, and how long the rest of it takes: one live line on a terminal, elsewhere what a log needs."""
+"""How far a run is, and how long the rest of it takes: one live line for who watches, elsewhere what a log needs."""
 
 import logging
 import sys
@@ -36,12 +36,14 @@ class Meter:
 
     def __init__(self, total: float, done: float, dry: bool) -> None:
         self.total, self.dry, self.steps, self._stack = total, dry, 0, ExitStack()
-        self.live = sys.stderr.isatty() and _log.isEnabledFor(logging.INFO) and PartialState().is_main_process
+        notebook = type(sys.stderr).__module__.startswith("ipykernel")  # which writes a line anew, as a terminal does
+        watched = (sys.stderr.isatty() or notebook) and _log.isEnabledFor(logging.INFO)
+        self.live = watched and PartialState().is_main_process
         form = "{desc} {percentage:3.0f}%|{bar:12}| {elapsed}, {remaining} left{postfix}"
         wide = min(80, get_terminal_size().columns)  # rows are given, since some terminals say that they have none
         self.line: Any = tqdm(
             total=total, initial=done, bar_format=form, smoothing=0, disable=not self.live, leave=False, ncols=wide,
-            nrows=20,
+            nrows=20, mininterval=1.0 if notebook else 0.1,
         )  # fmt: skip
         if self.live:
             self._stack.enter_context(logging_redirect_tqdm())
@@ -58,6 +60,11 @@ class Meter:
         done = self.done - self.begun
         return done / max(1e-9, time.monotonic() - self.since) if done else self._early
 
+    @property
+    def left(self) -> float:
+        """Work that is to be done."""
+        return self.total - self.done
+
     def count_step(self) -> None:
         """Say after the first steps how long all will take, or end a dry run."""
         self.steps += 1
@@ -68,8 +75,8 @@ class Meter:
         slow = PartialState().num_processes == 1 and time.monotonic() - self.since > 20 and self.steps > _WARM
         if slow or self.steps == _WARM + _MEASURED:
             stop_if_dry()
-        if self.steps == _WARM + _MEASURED and not self.live and PartialState().is_main_process:
-            _log.info("about %s in all, as the first steps go", duration(self.total / max(1.0, self.speed)))
+        if self.steps == _WARM + _MEASURED and PartialState().is_main_process:
+            _log.info("about %s left for all of it, as the first steps go", duration(self.left / max(1.0, self.speed)))
 
     def close(self) -> None:
         """Take the line away."""
@@ -123,8 +130,8 @@ def rehearse(run: Callable[[], None]) -> float:
 def tell(text: str) -> None:
     """A line for an epoch or what is as long, with the time left; on a terminal the live line says it."""
     left = ""
-    if _meter and _meter.speed > 1:  # a step was done
-        left = f", {duration((_meter.total - _meter.done) / _meter.speed)} left"
+    if _meter and _meter.speed > 1 and _meter.left > 1e-6 * _meter.total:  # a step was done, and one is to come
+        left = f", {duration(_meter.left / _meter.speed)} left"
     _log.log(logging.DEBUG if _meter and _meter.live else logging.INFO, "%s%s", text, left)
 
 

@@ -1,22 +1,22 @@
 """Searches and trainings from Python: what they take, what they give, and that it is what the commands do."""
 
-import io
+import logging
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
 import bmsn_zoo
-from bmsn_zoo import InputError
+from bmsn_zoo import InputError, report
 
 QUICK = {"epochs": 1, "batch_size": 16, "mixed_precision": "no"}
 pytestmark = pytest.mark.timeout(200)
 
 
-def drawn(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer)
-    return buffer.getvalue()
+def drawn(figure, home):
+    report._save(figure, home / "drawn.png")
+    return (home / "drawn.png").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,22 @@ def test_a_search_is_what_the_command_finds(found, image_folder, tmp_path):
     assert bmsn_zoo.SearchResult.load(tmp_path / "run").record == again.record
 
 
+def test_who_types_is_told_how_far_it_is_and_a_script_as_it_asked(monkeypatch, capsys):
+    log, root = logging.getLogger("bmsn_zoo"), logging.getLogger()
+    before = log.level
+    monkeypatch.setattr(root, "handlers", [])
+    log.setLevel(logging.NOTSET)
+    for prompt in (False, True):
+        if prompt:
+            monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        with bmsn_zoo.api._told():
+            log.info("epoch 1")
+        log.info("epoch 2")
+        assert capsys.readouterr().err == "epoch 1\n" * prompt
+    assert log.level == logging.NOTSET and root.handlers == []
+    log.setLevel(before)
+
+
 def test_a_ranking_is_a_frame_of_every_layout(found):
     frame, record = found.ranking, found.record
     assert list(frame.index) == [1 + place for place in range(9)] and frame.index.name == "rank"
@@ -50,13 +66,13 @@ def test_a_ranking_is_a_frame_of_every_layout(found):
 def test_plots_are_the_pictures_of_the_folder(found, tmp_path):
     for name in ("accuracy_macs", "assignment", "curves"):
         picture = Path(found) / "pictures" / f"{name}.png"
-        assert drawn(getattr(found, f"plot_{name}")()) == picture.read_bytes()
+        assert drawn(getattr(found, f"plot_{name}")(), tmp_path) == picture.read_bytes()
 
 
 def test_a_result_is_trained_and_predicts(found, image_dataset, tmp_path):
     trained = bmsn_zoo.train(from_search=found, output=tmp_path / "run", **QUICK)
     assert trained.record.layout == found.best.layout and 0 <= trained.accuracy <= 1
-    assert drawn(trained.plot_curves()) == (tmp_path / "run" / "pictures" / "curves.png").read_bytes()
+    assert drawn(trained.plot_curves(), tmp_path) == (tmp_path / "run" / "pictures" / "curves.png").read_bytes()
     image_dataset["test"][1]["image"].save(tmp_path / "photo.png")
     ((file, labels),) = trained.predict(tmp_path / "photo.png", top=4).items()
     assert file.name == "photo.png" and sum(share for _, share in labels) == pytest.approx(1)

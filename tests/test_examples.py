@@ -57,6 +57,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [{kind for output in cell.outputs for kind in output.get("data", ())} for cell in cells]
     assert sum("image/png" in kinds for kinds in shown) == 4 and sum("text/html" in kinds for kinds in shown) == 2
+    (told,) = ["".join(o.text for o in c.outputs if o.output_type == "stream") for c in cells if "search(" in c.source]
+    lines = re.split(r"[\r\n]+", told)
+    assert any(re.search(r"epoch \d/2 +\d+%.* left", line) for line in lines) and len(lines) < 60, "who waits is told"
     assert (tmp_path / "runs").is_dir()
 
 

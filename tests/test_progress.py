@@ -97,6 +97,7 @@ def test_a_terminal_has_one_live_line_for_the_whole_run_and_a_log_a_line_for_eac
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert len(re.findall(r"^epoch \d/2: loss .*, \d+ s, \d+ s left$", said, re.M)) == 2, said
     assert len(re.findall(r"^[\d-]+ alone, epoch 1/1: loss", said, re.M)) == 2
+    assert re.search(r"^epoch \d/2.*left$[^$]*alone, epoch 1/1: loss [\d.]+, \d+ s$", said, re.M), "none left"
 
 
 def test_the_time_left_is_that_of_all_work(monkeypatch, caplog):
@@ -110,8 +111,11 @@ def test_the_time_left_is_that_of_all_work(monkeypatch, caplog):
     progress.tell("epoch 1")
     progress.reach(350.0, since=400.0)
     progress.tell("epoch 2")
+    progress.reach(600.0, since=400.0)
+    progress.tell("epoch 3")
     progress.end()
     progress.tell("after")
     # the first two steps do not count
-    assert [record.getMessage() for record in caplog.records] == ["epoch 1, 2 min left", "epoch 2, 8 s left", "after"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["epoch 1, 2 min left", "epoch 2, 8 s left", "epoch 3", "after"]
     assert [progress.duration(seconds) for seconds in (3.4, 89, 600, 9000)] == ["3 s", "89 s", "10 min", "2.5 h"]
