@@ -55,7 +55,8 @@ def test_every_flag_exists():
         "--main_process_port",
         "--logdir",
     }  # of launchers, timm, tensorboard
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", "\n".join(pages)))
     assert mentioned - known - others == set()
 
 
