@@ -19,6 +19,8 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 LICENSE = "[a-z0-9][a-z0-9.+-]{0,60}"  # as the Hub writes them
 _LIMIT = re.compile(r"default|\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?x?")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
+ALONE = ("random", "halving", "evolution", "brute-force")  # strategies that train layouts alone, for `epochs` each
+MAX_LAYOUTS = 20_000  # of a search space
 FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -204,7 +206,7 @@ class SearchConfig(DataConfig):
         "who is trained next: balanced, uniform, fixed, boltzmann, mcts, few-shot, unshared; or relaxed: darts, gaea; "
         "or layouts alone: random, halving, evolution, brute-force",
     )
-    trials: int = setting(8, "random, evolution: layouts to train alone", 1)
+    trials: int = setting(8, "random, evolution: layouts to train alone; with a budget as many as it pays for", 1)
     trial_seeds: int = setting(1, "brute-force: seeds of each layout", 1, 1000)
     eta: int = setting(
         3, "halving: a rung has 1/eta of the layouts of the one before, and eta times its epochs", 2, 100
@@ -251,7 +253,8 @@ class SearchConfig(DataConfig):
     )
     budget: float | None = setting(
         None,
-        "multiply-accumulates to spend, such as 1.4e14, evaluations included, confirmation aside, instead of epochs",
+        "multiply-accumulates to spend, such as 1.4e14, evaluations included, confirmation aside, instead of epochs; "
+        "where layouts are trained alone, each for its epochs, no training begins that would exceed it",
         1,
     )
     batch_size: int = setting(128, "images of one step, over all processes; smaller for few images", 2)
@@ -306,7 +309,8 @@ class SearchConfig(DataConfig):
             if limit is not None and not _LIMIT.fullmatch(limit):
                 wanted = "a number such as 4e7, default, or a part of the default layout's such as 0.8x"
                 raise InputError(f"{name.replace('_', '-')} {brief(limit)} is no limit: give {wanted}")
-        if self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
+        alone = self.strategy in ALONE
+        if not alone and self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
             raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
         if self.confirm == 1:
             raise InputError("confirm 1 leaves the default layout alone: give 2 or more, or 0")
@@ -317,7 +321,7 @@ def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
 
     - batch_size: the largest power of two that makes 4 steps of that half, between 8 and 128;
     - mixture_size: 4 from 20,000 images on, 2 from 2,000 on, else 1;
-    - epochs: 30, or as many, at most 300, as give every supernet `FEW_STEPS`; none with a budget.
+    - epochs: 30, or as many, at most 300, as give every supernet `FEW_STEPS`; none with a budget, but of layouts alone.
 
     So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 1 supernet, batches of 32 and 100 epochs.
     """
@@ -328,8 +332,13 @@ def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
     }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))
-    if config.budget is not None or "epochs" not in given:
-        chosen["epochs"] = None if config.budget is not None else max(30, min(300, enough))
+    alone = config.strategy in ALONE
+    if config.budget is not None and not alone:
+        chosen["epochs"] = None
+    elif "epochs" not in given:
+        chosen["epochs"] = max(30, min(300, enough))
+    if config.budget is not None and alone and "trials" not in given:
+        chosen["trials"] = MAX_LAYOUTS
     return SearchConfig(**{**config.as_dict(), **chosen})
 
 
@@ -500,9 +509,9 @@ def over_recipe(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
     How many supernets a recipe has is for its own strategy: another one that is given does not take it over.
     """
-    ends = {"epochs", "budget"}
-    lost = ends if ends & set(given) else set()
     own = recipe.get("strategy", "balanced")
+    ends = set() if given.get("strategy", own) in ALONE else {"epochs", "budget"}
+    lost = ends if ends & set(given) else set()
     if given.get("strategy", own) != own:
         lost = lost | {"mixture_size"}
     return {**{name: value for name, value in recipe.items() if name not in lost}, **given}

@@ -8,10 +8,9 @@ from itertools import combinations
 from typing import Any
 
 from . import cost
+from .config import MAX_LAYOUTS
 from .errors import InputError
 from .layout import Layout, halve_down
-
-_MAX_LAYOUTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ class SearchSpace:
             self.backbone.default_layout if default_layout is None else default_layout
         )
         units, downsamplings = self.backbone.num_units, self.default_layout.num_scales - 1
-        if math.comb(units - 1, downsamplings) > _MAX_LAYOUTS:
-            raise InputError(f"{downsamplings + 1} scales give over {_MAX_LAYOUTS} layouts: use fewer scales")
+        if math.comb(units - 1, downsamplings) > MAX_LAYOUTS:
+            raise InputError(f"{downsamplings + 1} scales give over {MAX_LAYOUTS} layouts: use fewer scales")
         self._hold(
             Layout(tuple(end - start for start, end in zip((0, *cuts), (*cuts, units), strict=True)))
             for cuts in combinations(range(1, units), downsamplings)

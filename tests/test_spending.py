@@ -80,6 +80,9 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
         SearchConfig(budget=1e9, epochs=3)
     assert over_recipe({"epochs": 400, "lr": 0.1}, {"budget": "1.4e14"}) == {"lr": 0.1, "budget": "1.4e14"}
     assert over_recipe({"budget": 1e9}, {"epochs": 2}) == {"epochs": 2}
+    alone = {"strategy": "random", "budget": 1e14}  # whose trainings have epochs each
+    assert over_recipe({"epochs": 400}, alone) == {"epochs": 400, **alone}
+    assert SearchConfig(epochs=3, **alone).epochs == 3
     mixture = {"mixture_size": 2}
     assert over_recipe(mixture, {"strategy": "darts"}) == {"strategy": "darts"}, "which trains one supernet"
     assert over_recipe(mixture, {"strategy": "balanced"}) == {"strategy": "balanced", **mixture}

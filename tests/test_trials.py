@@ -186,6 +186,19 @@ def test_a_plan_ends_in_a_search_that_training_takes(brute, capsys):
     assert "9 layouts, ranked by" in capsys.readouterr().out
 
 
+def test_a_plan_begins_no_training_that_its_budget_does_not_pay_for(closed, tmp_path):
+    def cost(trial):
+        return (3 * 32 + 32) * SPACE.macs(trial.layout, 16)
+
+    (plan,) = play(PLANS["random"](SPACE, SearchConfig(epochs=1, trials=36)), TRUTH)
+    budget = sum(map(cost, plan[:4])) - 1
+    flags = ["--strategy", "random", *COMMON, "--threads", 1, "--jobs", 1, "--budget", budget]
+    assert run(search_module, "--dataset", closed, *flags, "--output", tmp_path / "run") == 0
+    result = SearchResult.read(tmp_path / "run" / "search.json")
+    assert [trial["layout"] for trial in result.details["trials"]] == [str(trial.layout) for trial in plan[:3]]
+    assert result.spent_macs == sum(map(cost, plan[:3])) <= budget
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker(brute, closed, tmp_path):
@@ -247,7 +260,7 @@ def test_workers_of_this_machine_find_the_same_and_one_that_is_killed_costs_a_ru
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--strategy", "random", "--budget", "1e12"), "budget says nothing to strategy random"),
+        (("--strategy", "random", "--budget", "1e6"), "budget 1e+06 is too small: the first training"),
         (("--strategy", "random", "--cluster", "slurm"), "cluster 'slurm' is unknown: give dask://HOST:PORT"),
         pytest.param(  # is waited for
             ("--strategy", "random", "--cluster", "dask://127.0.0.1:1"),

@@ -3,6 +3,9 @@
 import csv
 import io
 import logging
+import math
+from collections.abc import Iterable
+from itertools import accumulate, takewhile
 from statistics import mean
 from typing import Any
 
@@ -32,15 +35,20 @@ class PlanSearch(SearchBase):
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         if accelerator.num_processes > 1:
             raise InputError(f"strategy {config.strategy} starts its own workers: launch one process, and give --jobs")
-        for name in ("budget", "init_from"):
-            if getattr(config, name) is not None:
-                raise InputError(f"{name.replace('_', '-')} says nothing to strategy {config.strategy}: leave it out")
+        if config.init_from is not None:
+            raise InputError(f"init-from says nothing to strategy {config.strategy}: use --pretrained-from")
         super().__init__(config, folder, accelerator)
         config = self.config
         if config.batch_size > len(self.halves[0]):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.halves[0])} images: use less")
         self.plan = PLANS[config.strategy](self.space, config)
         self.done: dict[Trial, TrialResult] = {}
+        first = self.plan.next({})[0]
+        if config.budget is not None and config.budget < self._work(first):
+            raise InputError(
+                f"budget {config.budget:.4g} is too small: the first training, of {first.layout} for {first.epochs} "
+                f"epochs, needs {self._work(first)} multiply-accumulates"
+            )
 
     def run(self) -> None:
         """Every trial of the plan, then the result."""
@@ -56,23 +64,33 @@ class PlanSearch(SearchBase):
             progress.begin(sum(work) / (runner.jobs if self.folder.dry else 1), dry=self.folder.dry)
             if self.folder.dry:
                 self._try_dearest(runner)
-            while trials := self.plan.next({trial: each.holdout_accuracy for trial, each in self.done.items()}):
+            while trials := self._paid(
+                self.plan.next({trial: each.holdout_accuracy for trial, each in self.done.items()}), self.done
+            ):
                 ended: dict[Trial, TrialResult] = {}
                 runner.run(trials, lambda trial, result, ended=ended: self._told(ended, trial, result))  # type: ignore[misc]
                 self.done |= {trial: ended[trial] for trial in trials}  # in the plan's order, whoever was first
         self._write_result()
 
-    def _planned(self) -> list[float]:
+    def _planned(self) -> list[int]:
         """Multiply-accumulates of every training of the plan, as expected: which layouts go on is not known yet."""
-        plan, done, work = PLANS[self.config.strategy](self.space, self.config), dict[Trial, float](), list[float]()
-        while trials := plan.next(done):
+        plan, done = PLANS[self.config.strategy](self.space, self.config), dict[Trial, float]()
+        while trials := self._paid(plan.next(done), done):
             done |= dict.fromkeys(trials, 0.5)
-            work += [self._work(trial) for trial in trials]
-        return work
+        return [self._work(trial) for trial in done]
 
-    def _work(self, trial: Trial) -> float:
+    def _paid(self, trials: list[Trial], done: Iterable[Trial]) -> list[Trial]:
+        """Those up to the first that the budget does not pay for: what follows may be cheaper, but is not its turn."""
+        left = math.inf if self.config.budget is None else self.config.budget - sum(map(self._work, done))
+        spent = accumulate(map(self._work, trials))
+        return [trial for trial, _ in takewhile(lambda pair: pair[1] <= left, zip(trials, spent, strict=True))]
+
+    def _work(self, trial: Trial) -> int:
+        """Multiply-accumulates of a training and of its measurement, as its result states them."""
         macs = self.space.macs(trial.layout, self.source.image_size, self.config.in_chans)
-        return 3.0 * trial.epochs * len(self.halves[0]) * macs
+        weight, score = map(len, self.halves)
+        trained = trial.epochs * (weight // self.config.batch_size) * self.config.batch_size
+        return (3 * trained + score) * macs
 
     def _try_dearest(self, runner: Runner) -> None:
         """A few steps of it, as a worker trains it; as many go on at a time as there are jobs."""
@@ -87,7 +105,7 @@ class PlanSearch(SearchBase):
         seconds = result.duration_seconds
         self.folder.log({**_describe(trial, result), "seconds": seconds})
         self.folder.touch()
-        progress.reach(sum(map(self._work, [*self.done, *ended])), 0.0)
+        progress.reach(sum(map(self._work, [*self.done, *ended])), 0)
         progress.tell(
             f"training {number}: {trial.layout}, seed {trial.seed}, {trial.epochs} epochs: held-out accuracy "
             f"{100 * held:.2f} %, {seconds:.0f} s"
