@@ -61,26 +61,40 @@ def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_f
     assert ModelCard(relicense(card, "cc0-1.0")).data.license == "cc0-1.0"
 
 
-def test_resumed_trainings_need_their_start_no_more(trained, image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "kind", "end", "flags", "written"),
+    [
+        (train_module, train_module.Training, "_describe_epoch", ["--init-from"], "model/model.safetensors"),
+        (
+            search_module,
+            search_module.OneShotSearch,
+            "end_epoch",
+            ["--confirm", 0, "--mixture-size", 1, "--no-latency", "--pretrained-from"],
+            "supernets.safetensors",
+        ),
+    ],
+    ids=["training", "search"],
+)
+def test_resumed_runs_need_their_start_no_more(
+    module, kind, end, flags, written, trained, image_folder, tmp_path, monkeypatch
+):
     source = tmp_path / "source"
     shutil.copytree(trained / "model", source)
-    base = ["--dataset", image_folder, *COMMON[:2], "--epochs", 2, "--mixed-precision", "no", "--init-from", source]
-    assert run(train_module, *base, "--output", tmp_path / "whole") == 0
+    base = ["--dataset", image_folder, *COMMON[:2], "--epochs", 2, "--mixed-precision", "no", *flags, source]
+    assert run(module, *base, "--output", tmp_path / "whole") == 0
 
     def stop(self, epoch, *rest):
         if epoch == 1:
             raise InputError("cut")
-        return describe(self, epoch, *rest)
+        return whole(self, epoch, *rest)
 
-    describe = train_module.Training._describe_epoch
+    whole = getattr(kind, end)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.Training, "_describe_epoch", stop)
-        assert run(train_module, *base, "--output", tmp_path / "cut") != 0
+        patch.setattr(kind, end, stop)
+        assert run(module, *base, "--output", tmp_path / "cut") != 0
     shutil.rmtree(source)
-    assert run(train_module, "--output", tmp_path / "cut", "--resume") == 0
-    assert (tmp_path / "cut/model/model.safetensors").read_bytes() == (
-        tmp_path / "whole/model/model.safetensors"
-    ).read_bytes()
+    assert run(module, "--output", tmp_path / "cut", "--resume") == 0
+    assert (tmp_path / "cut" / written).read_bytes() == (tmp_path / "whole" / written).read_bytes()
 
 
 def test_hub_repositories_are_pinned(server, trained, image_folder, tmp_path):
@@ -185,28 +199,6 @@ def test_supernets_and_what_is_trained_of_them_start_from_a_trained_network(trai
     assert run(train_module, *inherited) == 0
     assert settings(tmp_path / "train")["init_from"] == str(trained)
     assert torch.equal(weights(tmp_path / "train")["conv1.weight"], before["conv1.weight"])
-
-
-def test_searches_from_a_network_resume_without_it(trained, image_folder, tmp_path, monkeypatch):
-    source = tmp_path / "source"
-    shutil.copytree(trained / "model", source)
-    base = ["--dataset", image_folder, *COMMON[:2], "--epochs", 2, "--mixed-precision", "no", "--confirm", 0]
-    base += ["--mixture-size", 1, "--no-latency", "--pretrained-from", source]
-    assert run(search_module, *base, "--output", tmp_path / "whole") == 0
-
-    def stop(self, epoch, *rest):
-        if epoch == 1:
-            raise InputError("cut")
-        return end_epoch(self, epoch, *rest)
-
-    end_epoch = search_module.OneShotSearch.end_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(search_module.OneShotSearch, "end_epoch", stop)
-        assert run(search_module, *base, "--output", tmp_path / "cut") != 0
-    shutil.rmtree(source)
-    assert run(search_module, "--output", tmp_path / "cut", "--resume") == 0
-    cut, whole = ((tmp_path / name / "supernets.safetensors").read_bytes() for name in ("cut", "whole"))
-    assert cut == whole
 
 
 def test_starts_of_searches_that_cannot_be_used(trained, image_folder, tmp_path, capfd):
