@@ -185,7 +185,11 @@ def _draw_accuracy_against(
 
     front, default = pareto_front(result.ranking, price), result.default
     axes.scatter(*points(result.ranking), s=18, color=_QUIET, label="layouts", zorder=2)
-    axes.plot(*points(front), color=_HIGHLIGHT, marker="o", markersize=4, label="Pareto front", zorder=3)
+    errors = [100 * standard_error(entry.accuracy, result.dataset.score_images) for entry in front]
+    line: dict[str, Any] = dict(
+        color=_HIGHLIGHT, marker="o", markersize=4, elinewidth=0.7, capsize=2, ecolor="#c2410c99", zorder=3
+    )
+    axes.errorbar(*points(front), errors, label="Pareto front, ± standard error", **line)
     if default:
         axes.scatter(*points([default]), s=90, marker="*", color="black", label=f"default {default.layout}", zorder=4)
         axes.axvline(price(default), color="black", linewidth=0.8, linestyle="--", label="its cost", zorder=1)
