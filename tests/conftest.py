@@ -12,6 +12,8 @@ CLASSES = ("north", "east", "south", "west")
 
 def pytest_configure(config):
     """Libraries read these variables when they are imported, so they are set before any test module is."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # this process starts those that test: it needs no torch
     home = tempfile.mkdtemp(prefix="bmsn-zoo-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(HF_HOME=home, HF_DATASETS_CACHE=os.path.join(home, "datasets"), HF_HUB_OFFLINE="1")
@@ -20,6 +22,8 @@ def pytest_configure(config):
     SearchConfig.model_fields["confirm"].default = 0  # searches of tests are confirmed where a test asks for it
     SearchConfig.model_fields["latency"].default = False  # and so is their latency measured
     SearchConfig.model_rebuild(force=True)
+    import pictures  # noqa: F401  # are not drawn, either
+
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 30 times slower on a busy machine
 
 
@@ -59,19 +63,35 @@ def image_dataset():
 
 
 @pytest.fixture(scope="session")
-def image_folder(image_dataset, tmp_path_factory):
+def shared(tmp_path_factory):
+    """A folder of all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def image_folder(image_dataset, shared):
     """`image_dataset` as a folder on disk."""
-    folder = tmp_path_factory.mktemp("data") / "compass"
-    image_dataset.save_to_disk(folder)
+    from filelock import FileLock
+
+    folder = shared / "data" / "compass"
+    with FileLock(shared / "data.lock"):
+        if not folder.exists():
+            image_dataset.save_to_disk(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def runs(image_folder):
-    """A tiny search, two trainings and a zoo of both; see `small_runs.make`."""
+def runs(image_folder, shared):
+    """A tiny search, two trainings and a zoo of both; see `small_runs.make`. No test changes them."""
     import small_runs
+    from filelock import FileLock
 
-    return small_runs.make(image_folder)
+    with FileLock(shared / "runs.lock"):
+        if not (done := shared / "runs.done").exists():
+            small_runs.make(image_folder)
+            done.touch()
+    return small_runs.registered(image_folder)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""A tiny search, two trainings and a zoo of both; the fixture `runs` makes them once for all tests."""
+"""A tiny search, two trainings and a zoo of both; the fixture `runs` has them made once for all tests."""
 
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pictures import drawn
 
 from bmsn_zoo import Layout, hub, model_folder
 from bmsn_zoo import searching as search_module
@@ -30,12 +31,21 @@ def latency_of(result, hardware):
     return LatencyResult(**about, batches=batches)
 
 
-def make(data: Path) -> SimpleNamespace:
-    """Folders of the runs on these images, beside them, and of the zoo, whose two models are registered."""
+def registered(data: Path) -> SimpleNamespace:
+    """Folders of the runs on these images, beside them, and of the zoo, whose two models are registered here."""
+    base = data.parent / "runs"
+    search, found, default, zoo = (base / name for name in ("search", "found", "default", "zoo"))
+    for name in (FOUND, DEFAULT):
+        register_folder(zoo / name)
+    return SimpleNamespace(base=base, search=search, found=found, default=default, zoo=zoo)
+
+
+def make(data: Path) -> None:
+    """Do all that `registered` finds."""
     base = data.parent / "runs"
     base.mkdir()
     search, found, default, zoo = (base / name for name in ("search", "found", "default", "zoo"))
-    with pytest.MonkeyPatch.context() as patch:
+    with drawn(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [str(base / "bmsn_zoo" / "searching.py"), "--dataset", str(data), "--lr", "0.05"])
         assert run(search_module, "--dataset", data, *COMMON, "--mixture-size", 2, "--output", search) == 0
         patch.setattr("sys.argv", [str(base / "train.py"), "--output", str(found), "--from-search", str(search)])
@@ -44,11 +54,8 @@ def make(data: Path) -> SimpleNamespace:
         assert run(train_module, "--from-search", search, *COMMON, "--onnx", "--output", found) == 0
         patch.setattr("sys.argv", ["train.py", "--layout", "4-3-3", f"--dataset={data}", "--resume"])
         assert run(train_module, "--dataset", data, *COMMON, "--layout", "4-3-3", "--output", default) == 0
-    hub.add(default, DEFAULT, zoo=zoo)
-    with pytest.MonkeyPatch.context() as patch:  # to export the same weights again takes seconds
+        hub.add(default, DEFAULT, zoo=zoo)
+    with drawn(), pytest.MonkeyPatch.context() as patch:  # to export the same weights again takes seconds
         written = found / "model" / "model.onnx"
         patch.setattr(model_folder, "export_onnx", lambda model, path, names: shutil.copy(written, path))
         hub.add(found, FOUND, default=DEFAULT, zoo=zoo)
-    for name in (FOUND, DEFAULT):
-        register_folder(zoo / name)
-    return SimpleNamespace(base=base, search=search, found=found, default=default, zoo=zoo)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from pictures import drawn
 
 import bmsn_zoo
 from bmsn_zoo import InputError, report
@@ -14,12 +15,13 @@ QUICK = {"epochs": 1, "batch_size": 16, "mixed_precision": "no"}
 pytestmark = pytest.mark.timeout(200)
 
 
-def drawn(figure, home):
+def bytes_of(figure, home):
     report._save(figure, home / "drawn.png")
     return (home / "drawn.png").read_bytes()
 
 
 @pytest.fixture(scope="module")
+@drawn()
 def found(image_dataset, tmp_path_factory):
     """A search of a data set in memory."""
     home = tmp_path_factory.mktemp("api")
@@ -63,16 +65,18 @@ def test_a_ranking_is_a_frame_of_every_layout(found):
     assert found.best == record.default, "32 images show nothing"
 
 
+@drawn()
 def test_plots_are_the_pictures_of_the_folder(found, tmp_path):
     for name in ("accuracy_macs", "assignment", "curves"):
         picture = Path(found) / "pictures" / f"{name}.png"
-        assert drawn(getattr(found, f"plot_{name}")(), tmp_path) == picture.read_bytes()
+        assert bytes_of(getattr(found, f"plot_{name}")(), tmp_path) == picture.read_bytes()
 
 
+@drawn()
 def test_a_result_is_trained_and_predicts(found, image_dataset, tmp_path):
     trained = bmsn_zoo.train(from_search=found, output=tmp_path / "run", **QUICK)
     assert trained.record.layout == found.best.layout and 0 <= trained.accuracy <= 1
-    assert drawn(trained.plot_curves(), tmp_path) == (tmp_path / "run" / "pictures" / "curves.png").read_bytes()
+    assert bytes_of(trained.plot_curves(), tmp_path) == (tmp_path / "run" / "pictures" / "curves.png").read_bytes()
     image_dataset["test"][1]["image"].save(tmp_path / "photo.png")
     ((file, labels),) = trained.predict(tmp_path / "photo.png", top=4).items()
     assert file.name == "photo.png" and sum(share for _, share in labels) == pytest.approx(1)

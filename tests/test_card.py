@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -279,7 +280,15 @@ def gray_folder(runs, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, FOUND, DEFAULT, "own", "gray"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        SHIPPED[0],
+        "own",
+        "gray",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*SHIPPED[1:], FOUND, DEFAULT)),
+    ],
+)
 def test_every_snippet_gives_the_logits_of_evaluate(name, request, runs, tmp_path, monkeypatch):
     if name == "gray":
         folder = request.getfixturevalue("gray_folder")
@@ -308,6 +317,12 @@ def test_every_snippet_gives_the_logits_of_evaluate(name, request, runs, tmp_pat
             np.testing.assert_allclose(
                 found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=save.__name__
             )
+
+
+def test_onnx_of_gray_images(gray_folder):
+    session = onnxruntime.InferenceSession(gray_folder / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 12, 12, 1]
+    assert "gray" in session.get_modelmeta().custom_metadata_map["images"]
 
 
 def test_the_snippet_of_a_search_runs(runs):

@@ -51,10 +51,10 @@ def test_a_budget_that_nothing_meets_tells_the_cheapest():
 
 
 def test_a_resnet18_is_searched_within_its_default_cost(tmp_path):
-    command = ["--model", "resnet18", "--image-size", 64, "--max-macs", "default", "--limit", 40]
+    command = ["--model", "resnet18", "--image-size", 32, "--max-macs", "default", "--limit", 40]
     assert run(search_module, *command, *COMMON, "--mixture-size", 1, "--output", tmp_path / "run") == 0
     found, space = SearchResult.read(tmp_path / "run" / "search.json"), SearchSpace("resnet18")
-    macs = {str(layout): space.macs(layout, 64, found.dataset.in_chans) for layout in space}
+    macs = {str(layout): space.macs(layout, 32, found.dataset.in_chans) for layout in space}
     fitting = {layout: count for layout, count in macs.items() if count <= macs["2-2-2-2"]}
     assert {entry.layout: entry.macs for entry in found.ranking} == fitting
     assert found.default.layout == "2-2-2-2" and 1 < len(fitting) < len(space) == 35

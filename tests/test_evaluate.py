@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from pictures import drawn
 from small_runs import run
 
 from bmsn_zoo import evaluate
@@ -43,6 +44,7 @@ def test_the_command(runs, image_folder, capsys):
         assert re.fullmatch(r"95 % interval .* % to .* %; 100.00 % are among the first 4 labels", second)
 
 
+@drawn()
 def test_every_class_is_told(runs, image_folder, tmp_path, capsys):
     assert run(evaluate, runs.found, "--dataset", image_folder, "--output", tmp_path / "new" / "classes") == 0
     rows = list(csv.DictReader((tmp_path / "new" / "classes" / "classes.csv").read_text().splitlines()))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_runs import COMMON, DEFAULT, FOUND, run
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from bmsn_zoo import InputError, Layout
+from bmsn_zoo import InputError, Layout, model_folder
 from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
 from bmsn_zoo.config import shipped_folder
@@ -29,6 +29,10 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
 pytestmark = pytest.mark.timeout(120)
 each_model = pytest.mark.parametrize("name", [FOUND, DEFAULT, *SHIPPED])
+# the others are of the same class
+each_kind = pytest.mark.parametrize(
+    "name", [FOUND, SHIPPED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in (DEFAULT, *SHIPPED[1:]))]
+)
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def test_the_layout_is_fixed_and_everything_else_is_not(name, folder):
         timm.create_model(name, nothing=1)
 
 
-@each_model
+@each_kind
 def test_contract(name, folder):
     """What timm's own tests ask; test_timm_contract.py asks more, of every name that is registered when it starts."""
     model = timm.create_model(name, pretrained=True).eval()
@@ -111,7 +115,7 @@ def test_contract(name, folder):
     assert torch.equal(model(x), features)
 
 
-@each_model
+@each_kind
 def test_transformers_loads_a_folder(name, folder):
     transformers = pytest.importorskip("transformers")
     assert json.loads((folder / "config.json").read_text())["model_args"] == {"layout": timm.create_model(name).layout}
@@ -141,7 +145,7 @@ def test_transformers_loads_gray_networks(runs, tmp_path):
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
 
 
-def test_config_of_earlier_folders_is_taken_and_mended(runs, tmp_path):
+def test_config_of_earlier_folders_is_taken_and_mended(runs, tmp_path, monkeypatch):
     """Before, config.json repeated classes, channels and pool among the arguments of the model."""
     run = tmp_path / "run"
     shutil.copytree(runs.found, run)
@@ -154,6 +158,8 @@ def test_config_of_earlier_folders_is_taken_and_mended(runs, tmp_path):
     shutil.copytree(run / "model", tmp_path / "bmsn_resnet20_earlier")
     register_folder(tmp_path / "bmsn_resnet20_earlier")
     assert torch.equal(timm.create_model("bmsn_resnet20_earlier", pretrained=True).eval()(x), expected)
+    written = run / "model" / "model.onnx"  # to export the same weights again takes seconds
+    monkeypatch.setattr(model_folder, "export_onnx", lambda model, path, names: shutil.copy(written, path))
     added = add(run, "bmsn_resnet20_mended", zoo=tmp_path / "zoo")
     assert json.loads((added / "config.json").read_text())["model_args"] == {"layout": config["model_args"]["layout"]}
 

@@ -20,7 +20,7 @@ from small_runs import DEFAULT, FOUND, run
 from bmsn_zoo import InputError, evaluate, hub
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.data import normalise
-from bmsn_zoo.export import export_onnx, require_onnx
+from bmsn_zoo.export import require_onnx
 from bmsn_zoo.files import sha256
 from bmsn_zoo.model_folder import add, load_model
 
@@ -86,14 +86,6 @@ def test_onnx_has_the_same_bytes_every_time(again, runs):
     files = [folder / "model.onnx" for folder in (again, runs.found / "model")]
     assert files[0].read_bytes() == files[1].read_bytes()
     onnx.checker.check_model(files[0], full_check=True)
-
-
-def test_onnx_of_gray_images(tmp_path):
-    cfg = {"input_size": (1, 8, 8), "mean": (0.3,), "std": (0.2,)}
-    export_onnx(timm.create_model("bmsn_resnet20", in_chans=1, pretrained_cfg_overlay=cfg), tmp_path / "gray.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "gray.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 8, 8, 1]
-    assert "gray" in session.get_modelmeta().custom_metadata_map["images"]
 
 
 def test_onnx_is_optional(monkeypatch):

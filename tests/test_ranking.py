@@ -112,8 +112,7 @@ def test_a_best_layout_is_told_from_chance_and_from_the_worst():
     assert undecided(torch.full((36, 4), 0.0), 0.5, 10**6), "all wrong"
 
 
-@pytest.mark.parametrize(("images", "classes"), [(32, 4), (700, 10), (25_000, 100)])
-@pytest.mark.parametrize("accuracy", [None, 0.8])
+@pytest.mark.parametrize(("images", "classes", "accuracy"), [(32, 4, None), (700, 10, 0.8), (25_000, 100, None)])
 def test_layouts_that_are_alike_have_a_winner_in_one_of_twenty_searches_at_most(images, classes, accuracy):
     """Accuracies drawn as equal layouts would give them, at chance or well above it."""
     truth = accuracy or 1 / classes

@@ -13,7 +13,7 @@ from test_processes import run as run_script
 from test_processes import torchrun
 from torch.nn.functional import interpolate, max_pool2d
 
-from bmsn_zoo import SearchSpace, cost, report
+from bmsn_zoo import SearchSpace, cost
 from bmsn_zoo import searching as search_module
 from bmsn_zoo.card import search_card
 from bmsn_zoo.compare import compare_runs
@@ -193,10 +193,6 @@ def search(folder, output, *arguments):
     return search_module.main([*map(str, settings)])
 
 
-def undrawn(folder):
-    """Pictures take more time than these searches; one of them is drawn."""
-
-
 def contents(run):
     result = json.loads((run / "search.json").read_text())
     kept = {key: result[key] for key in ("ranking", "accuracy_matrix", "details")}
@@ -205,13 +201,13 @@ def contents(run):
     return kept, rows, copies(load_file(run / "supernets.safetensors"))
 
 
-@pytest.mark.parametrize(("strategy", "sharing"), [("darts", "random"), ("gaea", "shared"), ("unshared", "same")])
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "sharing"),
+    [("darts", "random"), ("unshared", "same"), pytest.param("gaea", "shared", marks=pytest.mark.slow)],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_folder, tmp_path):
     settings = ["--strategy", strategy, "--sharing", sharing, "--image-size", 8]
-    if strategy != "gaea":
-        monkeypatch.setattr(report, "draw_search", undrawn)
     assert search(image_folder, tmp_path / "whole", *settings) == 0
-    monkeypatch.setattr(report, "draw_search", undrawn)
     whole = SearchResult.read(tmp_path / "whole" / "search.json")
 
     class Ended(Exception):
@@ -367,8 +363,7 @@ def test_parameters_extraction_and_saving_of_unshared_weights():
     assert one == other
 
 
-def test_searches_start_from_others_that_share_alike(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "draw_search", undrawn)
+def test_searches_start_from_others_that_share_alike(image_folder, tmp_path, capsys):
     assert search(image_folder, tmp_path / "one", "--strategy", "uniform", "--epochs", 1) == 0
     settings = ["--strategy", "unshared", "--init-from", tmp_path / "one"]
     assert search(image_folder, tmp_path / "two", *settings) == 2

@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from pictures import drawn
 from small_runs import latency_of, run
 
 from bmsn_zoo import report
@@ -22,6 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.timeout(200)
 
 
+@drawn()
 def test_both_kinds_of_runs_are_drawn_and_told(runs, capsys, tmp_path):
     folders = [shutil.copytree(getattr(runs, name), tmp_path / name) for name in ("search", "found", "default")]
     for folder in folders:
@@ -233,13 +235,15 @@ def damaged(content, rng):
     return content[:position] + junk + content[position + length :]
 
 
+@drawn()
+@pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["search", "found"])
-def test_a_damaged_run_ends_in_one_line_or_in_its_pictures(kind, runs, tmp_path, capsys):
+def test_a_damaged_run_ends_in_one_line_or_in_its_pictures(kind, times, runs, tmp_path, capsys):
     rng = random.Random(kind)
     result = "search.json" if kind == "search" else "metrics.json"
     folder = tmp_path / "run"
     folder.mkdir()
-    for _ in range(40):
+    for _ in range(times):
         for name in (result, "metrics.jsonl"):
             shutil.copy(getattr(runs, kind) / name, folder)
         name = rng.choice([result, "metrics.jsonl", "metrics.jsonl"])

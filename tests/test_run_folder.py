@@ -1,8 +1,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,22 +138,29 @@ def test_new_runs_are_named_after_what_they_are_and_do_not_share_a_folder(tmp_pa
         assert not (tmp_path / "runs").exists(), "neither has begun"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
 def test_a_folder_is_taken_by_one_run(tmp_path, run):
     with open_run("search", tmp_path / "run", False):
         with pytest.raises(InputError, match="in use by another run"):
             run()
         assert (tmp_path / "run" / ".lock").exists()
     run(1)
-    code = (
-        "import sys, time; from pathlib import Path; from bmsn_zoo.run_folder import open_run\n"
-        "with open_run('search', Path(sys.argv[1]), True): print('taken', flush=True); time.sleep(60)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=-1, env=environment) as other:
-        other.stdout.readline()
+    taken, told = os.pipe()
+    if not (other := os.fork()):
+        try:
+            with open_run("search", tmp_path / "run", True):
+                os.write(told, b"taken")
+                time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(told)
+    try:
+        assert os.read(taken, 5)
         with pytest.raises(InputError, match="in use by another run"):
             run(resume=True)
-        other.kill()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
     assert run(resume=True).epoch == 1, "the lock ends with its process"
 
 
@@ -430,6 +437,25 @@ def test_cut_tensors_are_one_line(tmp_path, size):
 # what a kill cuts off at the end
 
 
+@pytest.fixture(scope="module")
+def whole(image_folder, tmp_path_factory):
+    """Does a run of a kind once; returns its settings and its folder."""
+    home, done = tmp_path_factory.mktemp("whole"), set()
+    settings = ["--dataset", str(image_folder), *COMMON, "--image-size", "8"]
+    more = {"search": ["--mixture-size", "1", "--default-layout", "5-5"], "train": ["--layout", "5-3-2"]}
+
+    def of_kind(kind):
+        if kind not in done:
+            done.add(kind)
+            assert MODULES[kind].main([*settings, *more[kind], "--output", str(home / kind)]) == 0
+        return [*settings, *more[kind]], home / kind
+
+    return of_kind
+
+
+MODULES = {"search": bmsn_zoo.searching, "train": bmsn_zoo.training}
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("kind", "where"),
@@ -440,10 +466,8 @@ def test_cut_tensors_are_one_line(tmp_path, size):
         ("train", "bmsn_zoo.training.report.draw_training"),
     ],
 )
-def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_folder, tmp_path, monkeypatch, capsys):
-    module = {"search": bmsn_zoo.searching, "train": bmsn_zoo.training}[kind]
-    settings = ["--dataset", str(image_folder), *COMMON, *(["--layout", "5-3-2"] if kind == "train" else [])]
-    settings += ["--mixture-size", "1"] if kind == "search" else []
+def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, whole, tmp_path, monkeypatch, capsys):
+    module, (settings, whole) = MODULES[kind], whole(kind)
 
     def end(*_):
         raise KeyboardInterrupt
@@ -458,15 +482,14 @@ def test_a_run_killed_as_it_wrote_its_results_is_completed(kind, where, image_fo
     else:
         assert again == 0
     assert not list((tmp_path / "cut").glob("checkpoint-*"))
-    assert module.main([*settings, "--output", str(tmp_path / "whole")]) == 0
-    names = {str(file.relative_to(tmp_path / "whole")) for file in (tmp_path / "whole").rglob("*")}
+    names = {str(file.relative_to(whole)) for file in whole.rglob("*")}
     assert {str(file.relative_to(tmp_path / "cut")) for file in (tmp_path / "cut").rglob("*")} == names
     modes = {file.stat().st_mode for file in (tmp_path / "cut").rglob("*") if file.is_file()}
     assert len(modes) == 1, "safetensors writes files that nobody else may read"
     same = {name for name in names if name.endswith(("tensors", "config.yaml", "config.json", "curves.png"))}
     assert len(same) >= 3
     for name in same:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_place_where_nothing_can_be_written_is_noticed_before_images_are_read(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,13 @@ from bmsn_zoo.runtime import native_precision, usable_cores
 
 # Importing takes long, so one process does it and forks another for each case: settings, precision before, variables.
 START = """
-import json, os, sys, torch
+import json, os, socket, sys, timm, torch
+known, connect = set(sys.modules), socket.socket.connect
+socket.socket.connect = lambda *_: sys.exit("the network was used")
+import bmsn_zoo
+socket.socket.connect = connect
+with open(f"{sys.argv[2]}/imported", "w") as file:
+    json.dump(sorted({name.split(".")[0] for name in set(sys.modules) - known}), file)
 from bmsn_zoo import command, runtime
 from bmsn_zoo.config import DataConfig
 
@@ -65,7 +71,7 @@ LAUNCHER = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELER
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Output, error and exit code of every case."""
+    """Output, error and exit code of every case; and the packages that ours imports beside timm and torch, offline."""
     folder = tmp_path_factory.mktemp("processes")
     names = ("ACCELERATE_", "OMP_NUM", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
@@ -79,6 +85,7 @@ def processes(tmp_path_factory):
     for name in CASES:
         output, error, code = ((folder / f"{name}.{end}").read_text() for end in ("out", "err", "code"))
         results[name] = (output, error, int(code))
+    results["imported"] = json.loads((folder / "imported").read_text())
     return results
 
 
@@ -89,6 +96,12 @@ def described(result):
 
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def test_import_is_light(processes):
+    """None of the heavy packages that only the commands need."""
+    assert "bmsn_zoo" in processes["imported"]
+    assert not {"datasets", "accelerate", "matplotlib", "sklearn", "pandas", "scipy"} & set(processes["imported"])
 
 
 def test_launched_process_uses_all_cores_and_what_the_device_computes_natively(processes):

@@ -13,7 +13,8 @@ import pytest
 import timm
 import torch
 from closeness import close
-from safetensors.torch import load_file
+from pictures import drawn
+from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
 
 import bmsn_zoo
@@ -41,6 +42,7 @@ def found(result):
 
 
 @pytest.fixture(scope="session")
+@drawn()
 def searched(image_folder, tmp_path_factory):
     """A finished search of two epochs."""
     output = tmp_path_factory.mktemp("search") / "run"
@@ -179,13 +181,17 @@ def test_train_takes_a_layout_of_the_search_and_timm_loads_it(searched, image_da
         accuracy = float((model(inputs).argmax(1) == torch.tensor(test["label"])).float().mean())
     assert accuracy == pytest.approx(metrics["test_accuracy"]), "timm's own transform gives the measured accuracy"
 
+
+@pytest.mark.slow
+def test_a_fresh_process_gives_the_same_logits(runs, tmp_path):
+    model_folder = runs.found / "model"
+    model = timm.create_model(f"local-dir:{model_folder}", pretrained=True).eval()
+    inputs = torch.randn(3, 3, 16, 16)
     code = (
         "import sys, timm, torch, bmsn_zoo; from safetensors.torch import load_file, save_file;"
         "m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
         "save_file({'y': m(load_file(sys.argv[2])['x']).detach()}, sys.argv[3])"
     )
-    from safetensors.torch import save_file
-
     save_file({"x": inputs}, tmp_path / "x.safetensors")
     arguments = [str(model_folder), str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -94,8 +94,10 @@ def test_macs_check_values(space, layout):
     assert round(space.macs(Layout.parse(layout), 32) / 1e6, 1) == MACS[layout]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize(("image_size", "in_chans"), [(32, 3), (28, 1), (33, 3)])
+@pytest.mark.parametrize(
+    ("name", "image_size", "in_chans"),
+    [*(("bmsn_resnet20", *shape) for shape in ((32, 3), (28, 1), (33, 3))), *((name, 33, 1) for name in BACKBONES)],
+)
 def test_macs_are_those_of_the_real_convolutions(name, image_size, in_chans):
     space, counted = SearchSpace(name), []
     for layout in {space[0], space[len(space) // 2], space[-1], space.default_layout}:

@@ -409,7 +409,6 @@ def test_few_shot_splits_once_into_groups_of_similar_layouts():
 
 
 def test_a_split_copies_the_first_supernet_and_starts_rates_anew(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("bmsn_zoo.report.draw_search", lambda folder: None)
     seen, rates, copy_first = [], [], search._Search._copy_first
 
     def watch(self):
@@ -445,22 +444,18 @@ def test_owners_of_any_strategy_exchange_what_they_learned(name):
 
 @pytest.mark.parametrize(
     "strategy",
-    [["uniform", "--draws", "permutation"], ["few-shot"], ["boltzmann"], ["mcts"]],
+    [
+        ["few-shot"],
+        ["mcts"],
+        pytest.param(["uniform", "--draws", "permutation"], marks=pytest.mark.slow),
+        pytest.param(["boltzmann"], marks=pytest.mark.slow),
+    ],
     ids=lambda words: words[0],
 )
 def test_a_search_by_any_strategy_that_was_killed_goes_on_bit_for_bit(strategy, image_folder, tmp_path, monkeypatch):
     settings = ["--dataset", str(image_folder), "--batch-size", "4", "--mixture-size", "2", "--epochs", "2"]
-    settings += [
-        "--mixed-precision",
-        "no",
-        "--default-layout",
-        "5-5",
-        "--uniform-share",
-        "0.3",
-        "--strategy",
-        *strategy,
-    ]
-    monkeypatch.setattr("bmsn_zoo.report.draw_search", lambda folder: None)  # other tests draw
+    settings += ["--image-size", "8", "--default-layout", "5-5", "--mixed-precision", "no", "--uniform-share", "0.3"]
+    settings += ["--strategy", *strategy]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert search.main([*settings, "--output", str(whole)]) == 0
     log = RunFolder.log

@@ -27,8 +27,8 @@ CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS 
 EXPORTED = [(name, None) for name in NAMES if name not in ("bmsn_resnet18", "bmsn_resnet50", "bmsn_relaid")]
 EXPORTED += [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet18", "1-1-2-5"), ("bmsn_relaid", "1-2-4-1")]
 # of every kind of network one; the others are of the same classes
-FAST = [("bmsn_resnet20", None), ("bmsn_resnet20_cifar10", None), ("bmsn_resnet18", None), ("bmsn_relaid", "1-2-4-1")]
-FAST += [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet20", "3-3-2-2")]
+FAST = [("bmsn_resnet20_cifar10", None), ("bmsn_resnet20", "3-3-2-2"), ("bmsn_resnet18", None)]
+FAST += [("bmsn_relaid", "1-2-4-1")]
 
 
 def each(cases, fast):
@@ -39,7 +39,8 @@ def each(cases, fast):
 
 each_case = each(CASES, FAST)
 each_export = each(EXPORTED, [("bmsn_resnet20", None), ("bmsn_relaid", "1-2-4-1")])  # exporting takes seconds
-FEATURE_CLASSES = [None, "getter", "hook", "dict", "fx"]
+FEATURES = [(None, None), (None, (0, 2)), (None, (-1,))]
+FEATURES += [("getter", (0, 2)), ("hook", None), ("fx", (-1,)), ("dict", None)]
 
 
 def create(name, layout=None, **kwargs):
@@ -216,8 +217,14 @@ def test_channels_last_and_dropout(name, layout):
 
 
 @each_case
-@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES, ids=str)
-@pytest.mark.parametrize("out_indices", [None, (0, 2), (-1,)], ids=str)
+@pytest.mark.parametrize(
+    ("feature_cls", "out_indices"),
+    [
+        pytest.param(*case, marks=[] if case in FEATURES else pytest.mark.slow)
+        for case in itertools.product([None, "getter", "hook", "dict", "fx"], [None, (0, 2), (-1,)])
+    ],
+    ids=str,
+)
 def test_features_only(name, layout, feature_cls, out_indices):
     plain = create(name, layout)
     levels = len(plain.feature_info)
