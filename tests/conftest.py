@@ -12,6 +12,7 @@ CLASSES = ("north", "east", "south", "west")
 
 def pytest_configure(config):
     """Libraries read these variables when they are imported, so they are set before any test module is."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 30 times slower on a busy machine
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return  # this process starts those that test: it needs no torch
     home = tempfile.mkdtemp(prefix="bmsn-zoo-tests-")
