@@ -19,7 +19,7 @@ from .command import run_command
 from .config import TrainConfig, build_config, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
-from .files import write_text
+from .files import read_text, write_text
 from .model_folder import load_model, model_folder
 from .report import draw_confusion
 from .results import TrainResult
@@ -27,6 +27,7 @@ from .usage import parser_of
 
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
+_COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation"]
 _CONFUSED = 300  # pairs of classes that a result holds
 
 
@@ -113,7 +114,8 @@ def measure(name: str, dataset: str | None = None) -> dict[str, Any]:
 
     Returns:
         `accuracy` as measured and `recorded` in metrics.json and `top5`, fractions; `images`, their number; `classes`,
-        the names of K classes; `confusion`, how many images of each class (rows) were taken for each (K, K).
+        the names of K classes; `confusion`, how many images of each class (rows) were taken for each (K, K); and
+        `row`, what timm's tables of results say of a model.
 
     Raises:
         InputError: if there is no such model, or its data set cannot be read.
@@ -141,10 +143,14 @@ def measure(name: str, dataset: str | None = None) -> dict[str, Any]:
     measured = evaluate(network, test.images, cfg["mean"], cfg["std"], accelerator, best=best)
     labels, best = test.images.labels.cpu(), best.cpu()
     pairs = torch.bincount(labels * len(known) + best[:, 0], minlength=len(known) ** 2)
+    shares = measured["accuracy"], float((best == labels[:, None]).any(1).float().mean())
+    top1, error1, top5, error5 = (f"{100 * value:.3f}" for share in shares for value in (share, 1 - share))
+    about = Path(name).name, cfg["input_size"][-1], top1, error1, top5, error5, f"{result.parameters / 1e6:.2f}"
     return {
         "accuracy": measured["accuracy"],
         "recorded": result.test_accuracy,
-        "top5": float((best == labels[:, None]).any(1).float().mean()),
+        "top5": shares[1],
+        "row": dict(zip(_COLUMNS, map(str, (*about, cfg["crop_pct"], cfg["interpolation"])), strict=True)),
         "images": len(test.images),
         "classes": known,
         "confusion": pairs.view(len(known), len(known)),
@@ -173,6 +179,23 @@ def write_classes(found: dict[str, Any], folder: Path) -> None:
     draw_confusion(confusion, classes, folder / "confusion.png")
 
 
+def add_result(row: dict[str, str], path: Path) -> None:
+    """Put a row of `measure` into a CSV file, made if needed, in which a model has one row; the best stand first.
+
+    Raises:
+        InputError: if the file has other columns.
+    """
+    known = csv.DictReader(io.StringIO(read_text(path) if path.exists() else ",".join(_COLUMNS)))
+    if known.fieldnames != _COLUMNS:
+        raise InputError(f"results-file {path} has other columns than {','.join(_COLUMNS)}: choose another file")
+    rows = [row, *(each for each in known if each["model"] != row["model"])]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda each: (each["top1_err"].zfill(9), each["model"])))
+    write_text(path, file.getvalue())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("evaluate")
@@ -187,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         low, high = interval(found["accuracy"], found["images"])
         sys.stdout.write(f"95 % interval {percent(low)} to {percent(high)}; ")
         sys.stdout.write(f"{percent(found['top5'])} are among the first {min(5, len(found['classes']))} labels\n")
+        if given.results_file:
+            add_result(found["row"], given.results_file)
         if given.output:
             write_classes(found, given.output)
             sys.stdout.write(f"every class: {given.output / 'classes.csv'}, {given.output / 'confusion.png'}\n")

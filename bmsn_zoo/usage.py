@@ -66,6 +66,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", type=Path, metavar="FOLDER", help="also write every class's accuracy, and a confusion picture"
         )
+        parser.add_argument(
+            "--results-file", type=Path, metavar="FILE", help="also put its row, in timm's columns, into this CSV file"
+        )
     elif command == "predict":
         parser.add_argument("model", help="of the zoo, a model folder, the run folder of a training, or USER/REPO")
         parser.add_argument("image", nargs="+", type=Path, help="an image, or a folder of images")

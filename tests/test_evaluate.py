@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pictures import drawn
-from small_runs import run
+from small_runs import DEFAULT, FOUND, run
 
 from bmsn_zoo import evaluate
 from bmsn_zoo.config import TrainConfig, shipped_folder
@@ -42,6 +42,34 @@ def test_the_command(runs, image_folder, capsys):
         first, second = capsys.readouterr().out.splitlines()
         assert first == f"{folder}: {expected}"
         assert re.fullmatch(r"95 % interval .* % to .* %; 100.00 % are among the first 4 labels", second)
+
+
+def test_the_table_of_the_zoo_has_the_accuracies_of_its_cards():
+    table = SHIPPED[0].parents[1] / "results" / "results.csv"
+    rows = {row["model"]: float(row["top1"]) for row in csv.DictReader(table.read_text().splitlines())}
+    recorded = {home.name: json.loads((home / "metrics.json").read_text())["test_accuracy"] for home in SHIPPED}
+    assert rows == {name: pytest.approx(100 * accuracy, abs=0.03) for name, accuracy in recorded.items()}
+
+
+def test_results_are_a_table_in_timms_columns(runs, image_folder, tmp_path, capsys):
+    table = tmp_path / "results.csv"
+    for folder in (runs.zoo / FOUND, runs.zoo / DEFAULT, runs.zoo / FOUND):
+        assert run(evaluate, folder, "--dataset", image_folder, "--results-file", table) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {row["model"] for row in rows} == {FOUND, DEFAULT} and len(rows) == 2
+    assert float(rows[0]["top1"]) >= float(rows[1]["top1"])
+    for row in rows:
+        recorded = json.loads((runs.zoo / row["model"] / "metrics.json").read_text())
+        assert float(row["top1"]) == pytest.approx(100 * recorded["test_accuracy"], abs=1e-3)
+        for top in ("top1", "top5"):
+            assert float(row[top]) + float(row[f"{top}_err"]) == pytest.approx(100)
+        assert (row["img_size"], row["param_count"]) == ("16", f"{recorded['parameters'] / 1e6:.2f}")
+        assert (row["crop_pct"], row["interpolation"]) == ("1.0", "bicubic")
+    table.write_text("name,accuracy\n")
+    capsys.readouterr()
+    assert run(evaluate, folder, "--dataset", image_folder, "--results-file", table) == 2
+    assert "has other columns than model,img_size,top1," in capsys.readouterr().err
+    assert table.read_text() == "name,accuracy\n"
 
 
 @drawn()
