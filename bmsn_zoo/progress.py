@@ -155,6 +155,7 @@ class Bar:
             yield from tqdm(self._items, self._title, self._count, leave=False, disable=not sys.stderr.isatty())
             return
         _meter.line.set_description_str(self._title, refresh=False)
+        _meter.line.set_postfix_str("", refresh=False)  # of what was before
         for item in self._items:
             yield item
             _meter.add(self._work / self._count)

@@ -228,7 +228,7 @@ class RelaxedSearch(OneShotSearch):
                 for done, (loss, accuracy) in lag.push(step, values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
                     sums += loss, accuracy, 1
-                    bar.show(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %")
+                    bar.show(f"loss {loss:.3f}, scored {100 * accuracy:.1f} %")
                 if last:
                     break  # before the epoch ends, if the budget does
 

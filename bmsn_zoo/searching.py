@@ -139,7 +139,7 @@ class _Search(OneShotSearch):
                     self.strategy.update(drawn, accuracies)
                     accuracy = accuracies[drawn.supernet if self.scored else 0]
                     sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
-                    bar.show(f"loss {loss:.3f}, score accuracy {100 * accuracy:.1f} %")
+                    bar.show(f"loss {loss:.3f}, scored {100 * accuracy:.1f} %")
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
                 if last:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from PIL import Image
 
 from bmsn_zoo.card import portable
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser, load_recipe
@@ -69,6 +70,7 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30)).save("photo.jpg")
     for block in blocks:
         lines = [line for line in block.splitlines() if "local-dir:" not in line and "hf-hub:" not in line]
         exec(compile("\n".join(lines), "README.md", "exec"), {})

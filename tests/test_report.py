@@ -164,7 +164,13 @@ def test_a_browser_shows_it_whole(width, hostile, tmp_path):
     const filter = section.querySelector(".filter");
     filter.value = "4-3-3"; filter.dispatchEvent(new Event("input"));
     const left = section.querySelector(".ranked").querySelectorAll("tr:not([hidden])").length;
-    told.push(cut.map(e => e.outerHTML.slice(0, 80)), costs.every((v, i) => !i || costs[i - 1] <= v), left);
+    const written = [...document.querySelectorAll("svg")].flatMap(svg => {
+      const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+      const meet = (a, b) => Math.max(a.left, b.left) < Math.min(a.right, b.right) - 1
+        && Math.max(a.top, b.top) < Math.min(a.bottom, b.bottom) - 2;
+      return boxes.flatMap(([one, a], i) => boxes.slice(i + 1).filter(([, b]) => meet(a, b)).map(([two]) => one + two));
+    });
+    told.push(written, cut.map(e => e.outerHTML.slice(0, 80)), costs.every((v, i) => !i || costs[i - 1] <= v), left);
     parent.document.body.dataset.told = JSON.stringify(told);
     </script>"""
     inside = html.escape(hostile[0].read_text(encoding="utf-8").replace("</body>", look + "</body>"))
@@ -175,10 +181,11 @@ def test_a_browser_shows_it_whole(width, hostile, tmp_path):
     flags += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
     started = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", "--window-size=1500,1000"]
     done = subprocess.run([*started, page.as_uri()], capture_output=True, text=True, timeout=100)
-    taken, wider, inner, cut, sorted_, left = json.loads(
+    taken, wider, inner, written, cut, sorted_, left = json.loads(
         html.unescape(re.search('data-told="([^"]*)"', done.stdout)[1])
     )
     assert (taken, wider, inner, cut, sorted_, left) == (False, False, width, [], True, 1)
+    assert written == [], "one text over another"
     assert "CONSOLE" not in done.stderr
 
 
