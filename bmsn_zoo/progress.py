@@ -129,9 +129,8 @@ def rehearse(run: Callable[[], None]) -> float:
 
 def tell(text: str) -> None:
     """A line for an epoch or what is as long, with the time left; on a terminal the live line says it."""
-    left = ""
-    if _meter and _meter.speed > 1 and _meter.left > 1e-6 * _meter.total:  # a step was done, and one is to come
-        left = f", {duration(_meter.left / _meter.speed)} left"
+    seconds = _meter.left / _meter.speed if _meter and _meter.speed > 1 else 0.0  # unknown before a step was done
+    left = f", {duration(seconds)} left" if seconds >= 0.5 else ""
     _log.log(logging.DEBUG if _meter and _meter.live else logging.INFO, "%s%s", text, left)
 
 
