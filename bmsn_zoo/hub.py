@@ -30,6 +30,7 @@ from .config import DataConfig, shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
 from .model_folder import MODEL_FILES, add, load_model
+from .report import PICTURE
 from .results import SearchResult, TrainResult
 from .run_folder import load_tensors
 from .usage import parser_of
@@ -232,6 +233,8 @@ def _contents(
         model = load_model(folder)
         files: dict[str, bytes | Path] = {name: folder / name for name in MODEL_FILES if (folder / name).is_file()}
         card = read_text(folder / "README.md").replace(SOME_NAME, repo_id)
+        if f"]({PICTURE})" in card and PICTURE not in files:
+            raise InputError(f"{folder}: README.md shows {PICTURE}, which is missing: restore it")
         files["README.md"] = (relicense(card, license) if license else card).encode()
         if license:
             record = TrainResult.read(folder / "metrics.json").model_copy(update=named)

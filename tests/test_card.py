@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from small_runs import DEFAULT, FOUND
 
-from bmsn_zoo import Layout, hub
+from bmsn_zoo import InputError, Layout, hub
 from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, write_card
 from bmsn_zoo.config import shipped_folder
 from bmsn_zoo.data import normalise
@@ -108,6 +108,8 @@ def test_a_card_shows_a_picture_if_its_folder_has_one(runs, tmp_path):
         assert hub._contents(folder, "me/net")[2][PICTURE] == folder / PICTURE
     older = shutil.copytree(folder, tmp_path / "model")
     (older / PICTURE).unlink()
+    with pytest.raises(InputError, match=r"README\.md shows layout\.png, which is missing"):
+        hub._contents(older, "me/net")
     write_card(older)
     assert PICTURE not in (older / "README.md").read_text(encoding="utf-8")
     assert PICTURE not in hub._contents(older, "me/net")[2], "what was written before there were pictures is whole"
