@@ -66,14 +66,12 @@ def _told() -> Iterator[None]:
     """Say on the way what a command says, where a person types, in a notebook or at Python's prompt, and did not set up
     logging otherwise."""
     log, root, handler = logging.getLogger("bmsn_zoo"), logging.getLogger(), logging.StreamHandler()
-    before, silent = log.level, not root.handlers
-    if log.isEnabledFor(logging.INFO) or not hasattr(sys, "ps1"):
-        yield
-        return
-    try:
+    before, silent = log.level, hasattr(sys, "ps1") and not log.isEnabledFor(logging.INFO)
+    if silent:
         log.setLevel(logging.INFO)
-        if silent:
-            root.addHandler(handler)
+    if silent and not root.handlers:
+        root.addHandler(handler)
+    try:
         yield
     finally:
         log.setLevel(before)

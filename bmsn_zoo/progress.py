@@ -60,11 +60,6 @@ class Meter:
         done = self.done - self.begun
         return done / max(1e-9, time.monotonic() - self.since) if done else self._early
 
-    @property
-    def left(self) -> float:
-        """Work that is to be done."""
-        return self.total - self.done
-
     def count_step(self) -> None:
         """Say after the first steps how long all will take, or end a dry run."""
         self.steps += 1
@@ -76,7 +71,8 @@ class Meter:
         if slow or self.steps == _WARM + _MEASURED:
             stop_if_dry()
         if self.steps == _WARM + _MEASURED and PartialState().is_main_process:
-            _log.info("about %s left for all of it, as the first steps go", duration(self.left / max(1.0, self.speed)))
+            left = (self.total - self.done) / max(1.0, self.speed)
+            _log.info("about %s left for all of it, as the first steps go", duration(left))
 
     def close(self) -> None:
         """Take the line away."""
@@ -129,7 +125,7 @@ def rehearse(run: Callable[[], None]) -> float:
 
 def tell(text: str) -> None:
     """A line for an epoch or what is as long, with the time left; on a terminal the live line says it."""
-    seconds = _meter.left / _meter.speed if _meter and _meter.speed > 1 else 0.0  # unknown before a step was done
+    seconds = (_meter.total - _meter.done) / _meter.speed if _meter and _meter.speed > 1 else 0.0  # a step was done
     left = f", {duration(seconds)} left" if seconds >= 0.5 else ""
     _log.log(logging.DEBUG if _meter and _meter.live else logging.INFO, "%s%s", text, left)
 
