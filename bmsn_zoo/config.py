@@ -397,6 +397,11 @@ class TrainConfig(DataConfig):
     alternate_flip: bool = setting(False, "mirror every image in every second epoch instead of at random")
     onnx: bool = setting(False, "also write the network as model/model.onnx", environment=True)
     holdout: float = setting(0.0, "share of the training images to hold out and evaluate after every epoch", 0, 0.5)
+    validation_split: str | None = setting(
+        None,
+        "split to evaluate after every epoch, for the curves alone, where none is held out; one for validation, if "
+        "there is one beside the test split; none: no split",
+    )
     holdout_seed: int | None = setting(
         None,
         "seed that chooses those; that of a search and --holdout 0.5 make its two halves; the run's own",

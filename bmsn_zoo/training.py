@@ -139,9 +139,12 @@ class Training:
             # the test images too: what is wrong with them must not be found after the whole training
             self.data = self.source.train()
             self.test = None if self.is_trial else self.source.test(check=accelerator.is_main_process)
+            watch = not self.is_trial and not config.holdout
+            watched = self.source.validation(config.validation_split) if watch else None
         if accelerator.is_main_process and not self.is_trial:
             _log.info(self.source.summary())
-        self.images, self.holdout = self.data.images.near(self.device), None
+        self.images = self.data.images.near(self.device)
+        self.holdout = watched.images.near(self.device) if watched else None
         if config.holdout:
             labels, what = self.data.images.labels.numpy(), "a held-out part and the training images"
             seed = config.seed if config.holdout_seed is None else config.holdout_seed

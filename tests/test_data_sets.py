@@ -1,5 +1,7 @@
 """Data sets as people have them: classes by name, folders, columns, formats, and files that change."""
 
+import json
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -7,9 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from small_runs import COMMON, run
 from test_data import CLASS, NAMES, noise, numbered, open_source, png, save, split
 
 from bmsn_zoo import InputError
+from bmsn_zoo import training as train_module
+from bmsn_zoo.results import TrainResult
 
 TEXT = datasets.Value("string")
 
@@ -395,3 +400,30 @@ def test_test_images_that_cannot_be_used_stop_a_training_first_and_repaired_ones
     store(good.select(range(20)))
     assert train_module.main(["--resume", "--output", str(tmp_path / "run")]) == 0
     assert whole_epochs() == 2
+
+
+def test_a_validation_split_is_watched_unless_it_is_the_test(image_dataset, tmp_path, capfd):
+    def curve(splits, *flags, name):
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / name)
+        output = tmp_path / f"{name}-run{'-'.join(flags)}"
+        settings = ["--dataset", tmp_path / name, "--layout", "5-5", *COMMON, *flags, "--output", output]
+        if run(train_module, *settings):
+            return capfd.readouterr().err.splitlines()[-1]
+        (row,) = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        return row["holdout_accuracy"], TrainResult.read(output / "metrics.json")
+
+    test = image_dataset["test"]
+    easy = {**image_dataset, "validation": test.select([0])}
+    watched, result = curve(easy, name="both")
+    assert watched in (0.0, 1.0) and result.train_images == 64 and result.test_images == 32
+    ignored, alike = curve(easy, "--validation-split", "none", name="both")
+    assert ignored is None and alike.test_loss == result.test_loss, "watching changes nothing"
+    held, _ = curve(easy, "--holdout", "0.25", "--validation-split", "validation", name="both")
+    assert (16 * held).is_integer(), "what is held out is watched"
+    unlabelled = test.remove_columns("label")
+    assert curve({**image_dataset, "validation": unlabelled}, name="unlabelled")[0] is None
+    alone = {"train": image_dataset["train"], "validation": test}
+    watched, result = curve(alone, name="alone")
+    assert watched is None and result.test_images == 32
+    for other, expected in (("test", "is the training or the test split"), ("other", "has no split 'other'")):
+        assert expected in curve(easy, "--validation-split", other, name="both")

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,17 @@ _METADATA = {
 }
 
 
+_VALIDATION = ("validation", "valid", "val")
+
+
 def default_test_split(splits: Any) -> str | None:
     """Which of some splits holds the test images, if none was named."""
-    return next((name for name in ("test", "validation", "valid", "val") if name in splits), None)
+    return next((name for name in ("test", *_VALIDATION) if name in splits), None)
+
+
+def default_validation_split(splits: Any, used: Collection[str]) -> str | None:
+    """Which of some splits, beside those that are used otherwise, is for validation."""
+    return next((name for name in _VALIDATION if name in splits and name not in used), None)
 
 
 def load_splits(config: DataConfig) -> tuple[datasets.DatasetDict, bool]:

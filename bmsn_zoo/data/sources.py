@@ -14,7 +14,7 @@ from timm.data import DEFAULT_CROP_PCT
 from ..config import DataConfig
 from ..errors import InputError, brief, first_line
 from .batches import SPLIT, Augmentation, ImageSet, random_stream, stratified_split
-from .loading import default_test_split, load_splits, quietly
+from .loading import default_test_split, default_validation_split, load_splits, quietly
 from .pixels import RowLoader, RowReader, cached_pixels, channel_statistics, deep_mode, find_scale, open_image, shrink
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class DataSource:
     def __init__(self, config: DataConfig, threads: int) -> None:
         self.config = config
         self.workers = min(threads, 8) if config.workers is None else config.workers
-        splits, self.on_hub = load_splits(config)
+        self._splits, self.on_hub = load_splits(config)
+        splits = self._splits
         train, name = self._take_split(splits, config.train_split), repr(config.dataset)
         self.image_column = _find_column(train.features, config.image_column, "image", name)
         self.label_column = _find_column(train.features, config.label_column, "label", name)
@@ -121,14 +122,40 @@ class DataSource:
 
     def test(self, check: bool = False) -> ImageData:
         """The test images; search never calls this. `check` reads every one, even if they will be streamed."""
-        table, split, rows = self.held_out
-        for column, kind in ((self.image_column, "image"), (self.label_column, "label")):
-            _find_column(table.features, column, kind, f"{self.config.dataset!r}, split {split!r},")
-        data = self._load(self.held_out)
+        data, count = self._load_other(self.held_out), len(self.held_out.rows)
         if check and data.images.pixels is None:
-            for _ in data.images.batches(np.array_split(np.arange(len(rows)), -(-len(rows) // 64))):
+            for _ in data.images.batches(np.array_split(np.arange(count), -(-count // 64))):
                 pass
         return data
+
+    def _load_other(self, part: Part) -> ImageData:
+        """Images of a split whose columns were not looked for yet."""
+        for column, kind in ((self.image_column, "image"), (self.label_column, "label")):
+            _find_column(part.table.features, column, kind, f"{self.config.dataset!r}, split {part.split!r},")
+        return self._load(part)
+
+    def validation(self, name: str | None) -> ImageData | None:
+        """The images of a split that is neither for training nor for the test, to be watched.
+
+        Args:
+            name: of the split, or "none"; one for validation if None, where it has such a split with usable labels.
+        """
+        used = {self.training.split, self.held_out.split}
+        if name in used:
+            raise InputError(f"validation-split {name!r} is the training or the test split: use another, or none")
+        found = default_validation_split(self._splits, used) if name is None else name
+        if found in (None, "none"):
+            return None
+        try:
+            table = self._take_split(self._splits, str(found))
+            images = self._load_other(Part(table, str(found), np.arange(len(table))))
+            _log.info("%d images of split %r are watched", len(table), found)
+            return images
+        except InputError as error:
+            if name is not None:
+                raise
+            _log.info("split %r is not watched: %s", found, error)
+            return None
 
     def summary(self) -> str:
         """One line that says what is learned from what, and what is held out."""
