@@ -4,6 +4,8 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import ne
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -134,12 +136,18 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     loss, accuracy = [row.loss for row in rows], [100 * row.score_accuracy for row in rows]
     lines: dict[str, Any] = {"training loss": {"loss": loss}, "score accuracy, %": {"drawn layouts": accuracy}}
     lines["steps of each supernet"] = steps
+    charts = [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows]
+    if len(rows) > 1 and result.mixture_size > 1 and all(row.assigned for row in rows):
+        homes = {name: [row.assigned.count(m) for row in rows] for m, name in enumerate(steps)}
+        charts.append(_curves("layouts assigned to each supernet", epochs, homes))
+        moved = [sum(map(ne, a.assigned, b.assigned)) for a, b in pairwise(rows)]
+        charts.append(_curves("layouts that changed supernet", epochs[1:], {"since the epoch before": moved}))
     train, quoted = start_of("train"), shlex.quote(str(folder))
     picks = ["best"] if result.confirmed or not result.undecided else []
     picks += ["best_within_default_macs", "default"] if default else []
     return {
         "kind": "search", "folder": folder, "result": result, "ranking": ranking, "costs": costs, "images": images,
-        "charts": [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows],
+        "charts": charts,
         "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
         "front": {entry.layout for entry in result.pareto_front},
         "ties": {e.layout for e in kept if e != best and ties(e.accuracy, best.accuracy, images)}

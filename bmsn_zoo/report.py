@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .card import percent, ranked_rows
 from .command import run_command
-from .config import DataConfig
+from .config import MAX_LAYOUTS, DataConfig
 from .errors import InputError
 from .files import read_text
 from .layout import Layout
@@ -49,6 +49,7 @@ class _Epoch(BaseModel):
 class _SearchEpoch(_Epoch):
     score_accuracy: Number
     draws: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Field(min_length=1, max_length=1024)]
+    assigned: Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(max_length=MAX_LAYOUTS)] = []
 
 
 class _TrainEpoch(_Epoch):

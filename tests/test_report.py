@@ -135,6 +135,21 @@ def test_the_page_tells_what_was_found(runs, tmp_path):
     assert "ranked first" not in page.text and "--pick best\n" not in page.text
 
 
+def test_the_page_shows_the_assignment_over_time(runs, tmp_path):
+    folder = shutil.copytree(runs.search, tmp_path / "run")
+    row = json.loads((folder / "metrics.jsonl").read_text())
+    assert len(row["assigned"]) == 36 and set(row["assigned"]) <= {0, 1}
+    epochs = [[0] * 30 + [1] * 6, [0] * 20 + [1] * 16, [0] * 18 + [1] * 18]
+    lines = [json.dumps({**row, "epoch": number, "assigned": epochs[number - 1]}) for number in (1, 2, 3)]
+    for written, shown in ((lines, True), ([lines[0]], False)):  # of one epoch there is no change
+        (folder / "metrics.jsonl").write_text("\n".join(written) + "\n")
+        assert run(report, folder) == 0
+        labels = " ".join(
+            attributes.get("aria-label", "") for _, attributes in Page((folder / "report.html").read_text()).elements
+        )
+        assert ("layouts assigned to each supernet" in labels) == ("layouts that changed supernet" in labels) == shown
+
+
 def test_the_page_of_a_confirmed_search_says_what_was_shown(runs, tmp_path):
     folder, result = shutil.copytree(runs.search, tmp_path / "run"), SearchResult.read(runs.search / "search.json")
     macs = {entry.layout: entry.macs for entry in result.ranking}

@@ -76,8 +76,11 @@ class BalancedMixture:
         self._offset.zero_()  # each process had its own
 
     def report(self, progress: float) -> dict[str, Any]:
-        """The sharpness, and the expected share of steps of every supernet: 1/M within a thousandth."""
-        return {"sharpness": self.sharpness(progress), "usage": usage(self.assignment(progress)).tolist()}
+        """The sharpness, the expected share of steps of every supernet, 1/M within a thousandth, and each layout's
+        most probable one."""
+        assignment = self.assignment(progress)
+        shown = {"usage": usage(assignment).tolist(), "assigned": assignment.argmax(1).tolist()}
+        return {"sharpness": self.sharpness(progress), **shown}
 
     def result(self) -> dict[str, Any]:
         """The assignment at the end of the search and the scores that it comes from, both (L, M)."""
