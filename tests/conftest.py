@@ -25,8 +25,6 @@ def pytest_configure(config):
     SearchConfig.model_rebuild(force=True)
     import pictures  # noqa: F401  # are not drawn, either
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 30 times slower on a busy machine
-
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():

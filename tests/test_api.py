@@ -12,7 +12,6 @@ import bmsn_zoo
 from bmsn_zoo import InputError, report
 
 QUICK = {"epochs": 1, "batch_size": 16, "mixed_precision": "no"}
-pytestmark = pytest.mark.timeout(200)
 
 
 def bytes_of(figure, home):

@@ -23,7 +23,6 @@ from bmsn_zoo.ranking import standard_error
 from bmsn_zoo.report import PICTURE, search_table
 from bmsn_zoo.results import SearchResult, TrainResult
 
-pytestmark = pytest.mark.timeout(120)
 ZOO = shipped_folder("hub_configs")
 SHIPPED = sorted(file.parent.name for file in ZOO.glob("*/config.json"))
 SHA = "0123456789abcdef0123456789abcdef01234567"

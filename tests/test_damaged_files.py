@@ -24,7 +24,6 @@ from bmsn_zoo.run_folder import load_tensors, load_training_state, open_run, res
 from bmsn_zoo.search_space import SearchSpace
 from bmsn_zoo.supernet import Mixture
 
-pytestmark = pytest.mark.timeout(240)
 VALUES = [b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 5000, b"true", b"null", b'"x"', b"[" * 100_000, b"{}", b".inf"]
 
 

@@ -65,7 +65,6 @@ def test_the_strategy_of_the_pages_draws_alike_after_resuming(monkeypatch):
     assert 0.35 < share < 0.75
 
 
-@pytest.mark.timeout(200)
 def test_what_the_page_does_in_python_works(image_dataset, tmp_path, monkeypatch):
     """Its snippets one after the other, on a folder of photos, by searches and trainings of one epoch."""
     for number, row in enumerate(image_dataset["train"]):

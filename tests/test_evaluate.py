@@ -19,7 +19,6 @@ from bmsn_zoo.data import DataSource
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"  # real images, where they lie beside the checkout
 SHIPPED = sorted(file.parent for file in shipped_folder("hub_configs").glob("*/config.json"))
-pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.slow

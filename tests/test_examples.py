@@ -11,7 +11,6 @@ import yaml
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

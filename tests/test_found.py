@@ -27,7 +27,6 @@ from bmsn_zoo.results import SearchResult, TrainResult
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
-pytestmark = pytest.mark.timeout(120)
 each_model = pytest.mark.parametrize("name", [FOUND, DEFAULT, *SHIPPED])
 # the others are of the same class
 each_kind = pytest.mark.parametrize(
@@ -251,7 +250,6 @@ def test_a_folder_is_whole_and_says_nothing_of_its_machine(name, folder, runs):
         assert "../" not in text
 
 
-@pytest.mark.timeout(240)
 def test_a_resnet_of_timm_is_searched_trained_and_becomes_a_model_of_the_zoo(tmp_path, image_folder):
     search, train, zoo = (tmp_path / name for name in ("search", "train", "zoo"))
     model = ["--model", "test_resnet.r160_in1k"]

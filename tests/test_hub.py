@@ -26,7 +26,6 @@ from bmsn_zoo.supernet import Mixture
 
 ROOT = Path(__file__).parents[1]
 NET, SEARCH = "alice/net", "alice/search"
-pytestmark = pytest.mark.timeout(120)
 
 
 def process(code, environment, *arguments):
@@ -121,7 +120,6 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_push_and_pull_in_fresh_processes(runs, tmp_path):
     with HubServer(orgs={"zoo": ["alice"]}) as server:
         before = content(runs.base)

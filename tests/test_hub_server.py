@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-pytestmark = pytest.mark.timeout(30)
 NET = "alice/net"
 WEIGHTS = bytes(range(256)) * 400
 ROUND_TRIP = """

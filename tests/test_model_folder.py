@@ -26,7 +26,6 @@ from bmsn_zoo.model_folder import add, load_model
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
-pytestmark = pytest.mark.timeout(120)
 each_model = pytest.mark.parametrize("name", [FOUND, DEFAULT, *SHIPPED])
 
 

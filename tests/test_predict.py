@@ -1,6 +1,5 @@
 """Labels for images: the classes that evaluation counts, whatever the images' kind, and one line for a mistake."""
 
-import pytest
 import timm
 import torch
 from PIL import Image
@@ -12,7 +11,6 @@ from bmsn_zoo.config import TrainConfig
 from bmsn_zoo.data import DataSource, normalise
 
 ZOO = "bmsn_resnet20_cifar10"
-pytestmark = pytest.mark.timeout(240)
 
 
 def printed(capsys, *arguments):

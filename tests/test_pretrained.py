@@ -18,7 +18,6 @@ from bmsn_zoo.supernet import Mixture, norms_of
 MODEL = "test_resnet.r160_in1k"
 REPOSITORY = f"timm/{MODEL}"
 FRESH = ("fc.weight", "fc.bias")
-pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")

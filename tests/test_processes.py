@@ -26,8 +26,6 @@ from bmsn_zoo.model_folder import load_model
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def run(script, *arguments, launcher=(sys.executable,), cwd=None, **environment):
     """Run one of our scripts as a process of its own; returns it with its output as text."""

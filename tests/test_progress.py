@@ -14,7 +14,6 @@ from bmsn_zoo import progress, searching, training
 pty = pytest.importorskip("pty", reason="no terminals here")
 ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
-pytestmark = pytest.mark.timeout(240)
 RUNS = {
     "search": (searching, ["--mixture-size", "2", "--confirm", "2"], "36, the dearest 8-1-1 with "),
     "relaxed": (searching, ["--strategy", "darts"], "36, the dearest 8-1-1"),

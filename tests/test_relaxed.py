@@ -30,7 +30,6 @@ SPACE = SearchSpace("bmsn_resnet20")
 BATCH = (torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4)
 OTHER = (torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4)
 QUICK = ["--batch-size", 16, "--mixture-size", 1, "--epochs", 2, "--mixed-precision", "no", "--threads", 1]
-pytestmark = pytest.mark.timeout(240)
 
 
 def supernet(sharing="shared"):

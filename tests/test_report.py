@@ -20,7 +20,6 @@ from bmsn_zoo.report import search_table
 from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.timeout(200)
 
 
 @drawn()

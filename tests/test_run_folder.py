@@ -456,7 +456,6 @@ def whole(image_folder, tmp_path_factory):
 MODULES = {"search": bmsn_zoo.searching, "train": bmsn_zoo.training}
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("kind", "where"),
     [

@@ -95,9 +95,6 @@ def described(result):
     return json.loads(output)
 
 
-pytestmark = pytest.mark.timeout(240)
-
-
 def test_import_is_light(processes):
     """None of the heavy packages that only the commands need."""
     assert "bmsn_zoo" in processes["imported"]
@@ -290,7 +287,6 @@ def test_users_mistake_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
 def test_a_command_ends_while_workers_that_it_forked_still_live():
     """They hold what it listens to for signals open."""

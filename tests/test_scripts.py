@@ -29,7 +29,6 @@ from bmsn_zoo.supernet import Mixture, count_correct
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--mixture-size", "2", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
-pytestmark = pytest.mark.timeout(240)
 
 
 def search(folder, output, *arguments):

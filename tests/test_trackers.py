@@ -11,7 +11,6 @@ from bmsn_zoo.run_folder import RunFolder
 
 SEARCH = (searching, ["--mixture-size", "2"])
 TRAIN = (training, ["--layout", "4-3-3"])
-pytestmark = pytest.mark.timeout(120)
 
 
 def tensorboard_curves(home, name):

@@ -200,7 +200,6 @@ def test_a_plan_begins_no_training_that_its_budget_does_not_pay_for(closed, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker(brute, closed, tmp_path):
     """A real scheduler and two workers, of which one is killed in the middle."""
     distributed = pytest.importorskip("distributed")
@@ -237,7 +236,6 @@ def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_workers_of_this_machine_find_the_same_and_one_that_is_killed_costs_a_run(brute, closed, tmp_path):
     settings = {**SearchResult.read(brute / "search.json").settings, "dataset": str(closed), "threads": 1}
     home, trials, results = tmp_path / "run", [Trial(Layout((n, 10 - n)), 0, 1) for n in range(4, 7)], {}
