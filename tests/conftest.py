@@ -18,19 +18,21 @@ def pytest_configure(config):
     home = tempfile.mkdtemp(prefix="bmsn-zoo-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(HF_HOME=home, HF_DATASETS_CACHE=os.path.join(home, "datasets"), HF_HUB_OFFLINE="1")
+    from bmsn_zoo import runtime
     from bmsn_zoo.config import SearchConfig
 
     SearchConfig.model_fields["confirm"].default = 0  # searches of tests are confirmed where a test asks for it
     SearchConfig.model_fields["latency"].default = False  # and so is their latency measured
     SearchConfig.model_rebuild(force=True)
+    runtime.usable_cores = lambda: 1  # as many threads as cores take longer where several processes test
     import pictures  # noqa: F401  # are not drawn, either
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
+def one_thread():
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -176,9 +176,9 @@ def test_reports_tell_latencies(limited, tmp_path, capsys):
     found, printed = SearchResult.read(folder / "search.json"), capsys.readouterr().out
     table = search_table(found)
     assert table in printed and max(map(len, table.splitlines())) <= 80
-    assert "  MACs (M)       ms" in table and "ms: one image, cpu, fp32, 2 threads; whole networks " in table
+    assert "  MACs (M)       ms" in table and "ms: one image, cpu, fp32, 1 threads; whole networks " in table
     page, single = (folder / "report.html").read_text(encoding="utf-8"), found.latency.single
-    assert "against milliseconds for one image (cpu, fp32, 2 threads), 18 layouts" in page
+    assert "against milliseconds for one image (cpu, fp32, 1 threads), 18 layouts" in page
     rows = re.findall(r"<tr><th scope=.row.>([0-9-]+)[^<]*</th><td>([0-9.]+)</td><td>[0-9.]+</td><td>([0-9.]+) %", page)
     front = pareto_front(found.ranking, lambda entry: single.of(entry.layout))
     assert [layout for layout, _, _ in rows] == [entry.layout for entry in front]

@@ -83,7 +83,16 @@ def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay
     """Processes normalise by their own shards, but one network is held out, tested and saved."""
     output = tmp_path / "run"
     settings = ["--layout", "2-2-6", "--epochs", 1, "--batch-size", 64, "--limit", 1040, "--holdout", 0.25]
-    settings += ["--ema-decay", ema_decay, "--mixed-precision", "no", "--output", output]  # two batches of each part
+    settings += [
+        "--image-size",
+        16,
+        "--ema-decay",
+        ema_decay,
+        "--mixed-precision",
+        "no",
+        "--output",
+        output,
+    ]  # two batches of each part
     if processes == 1:
         assert train_module.main([*map(str, settings)]) == 0
     else:
@@ -92,7 +101,7 @@ def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["segments"][0]["processes"] == processes
 
-    source = DataSource(TrainConfig(limit=1040), 1)
+    source = DataSource(TrainConfig(limit=1040, image_size=16), 1)
     data, test = source.train(), source.test()
     _, held = stratified_split(data.images.labels.numpy(), 0.25, 0, "")
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])

@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from bmsn_zoo import InputError, command, runtime
 from bmsn_zoo.command import run_command
 from bmsn_zoo.launch import check_launch
-from bmsn_zoo.runtime import native_precision, usable_cores
+from bmsn_zoo.runtime import native_precision
 
 # Importing takes long, so one process does it and forks another for each case: settings, precision before, variables.
 START = """
@@ -103,7 +103,7 @@ def test_import_is_light(processes):
 
 def test_launched_process_uses_all_cores_and_what_the_device_computes_natively(processes):
     found = described(processes["launched"])
-    assert found["threads"] == usable_cores()
+    assert found["threads"] == len(os.sched_getaffinity(0))
     assert found["precision"] == {"bf16": "bf16", "no": "fp32"}[native_precision(torch.device("cpu"))]
     assert (found["processes"], found["device"]) == (1, "cpu")
     assert f"{os.cpu_count()} cores" in found["hardware"]
@@ -125,7 +125,7 @@ def test_resumed_run_keeps_its_precision(processes):
 
 def test_what_is_left_of_another_launcher_makes_no_process_a_part_of_something(processes):
     found = described(processes["left over"])
-    assert (found["processes"], found["threads"]) == (1, usable_cores())
+    assert (found["processes"], found["threads"]) == (1, len(os.sched_getaffinity(0)))
 
 
 REFUSED = {

@@ -27,8 +27,7 @@ CASES = [(name, None) for name in NAMES] + [(name, v) for name in OTHER_LAYOUTS 
 EXPORTED = [(name, None) for name in NAMES if name not in ("bmsn_resnet18", "bmsn_resnet50", "bmsn_relaid")]
 EXPORTED += [("bmsn_resnet20", "8-1-1"), ("bmsn_resnet18", "1-1-2-5"), ("bmsn_relaid", "1-2-4-1")]
 # of every kind of network one; the others are of the same classes
-FAST = [("bmsn_resnet20_cifar10", None), ("bmsn_resnet20", "3-3-2-2"), ("bmsn_resnet18", None)]
-FAST += [("bmsn_relaid", "1-2-4-1")]
+FAST = [("bmsn_resnet20", "3-3-2-2"), ("bmsn_resnet18", None), ("bmsn_relaid", "1-2-4-1")]
 
 
 def each(cases, fast):
@@ -38,7 +37,7 @@ def each(cases, fast):
 
 
 each_case = each(CASES, FAST)
-each_export = each(EXPORTED, [("bmsn_resnet20", None), ("bmsn_relaid", "1-2-4-1")])  # exporting takes seconds
+each_export = each(EXPORTED, [("bmsn_resnet20", None)])  # exporting takes seconds
 FEATURES = [(None, None), (None, (0, 2)), (None, (-1,))]
 FEATURES += [("getter", (0, 2)), ("hook", None), ("fx", (-1,)), ("dict", None)]
 
@@ -258,7 +257,7 @@ def test_feature_info_starts_at_full_resolution_and_follows_the_layout(name, lay
 
 
 @each_case
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_forward_intermediates(name, layout, checkpointing):
     model = create(name, layout)
     x = images(model)
