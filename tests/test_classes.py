@@ -51,7 +51,9 @@ def test_the_page_sets_a_found_layout_against_the_default(recorded, tmp_path):
     again = recorded("bmsn_resnet20_cifar10_default", 200)
     text = page(tmp_path, default, found, again)
     assert "Every class: 3-4-3 against the default 4-3-3" in text and "1 training of 3-4-3 and 2 of 4-3-3" in text
-    assert '<th scope="row">cat</th><td>90.00 %</td><td>75.00 %</td><td>+15.0</td>' in text, "seeds together"
+    assert '<th scope="row">cat</th><td>90.00 %</td><td>75.00 %</td><td><strong>+15.0</strong></td>' in text, (
+        "seeds together"
+    )
     assert '<th scope="row">cat</th><td>dog</td><td>100</td><td>250</td>' in text, "a training's mean"
     assert "Every class" not in page(tmp_path, default, again), "nothing to compare"
     other = found.dataset.model_copy(update={"test_fingerprint": "0" * 64})

@@ -242,13 +242,13 @@ def test_names_of_layouts_mean_what_was_confirmed_or_else_what_was_ranked_first(
 def test_images_vote_for_a_layout_by_seeds():
     one, other = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 3), torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1]] * 3)
     other[2, 7] = 0  # two seeds of three
-    cells, (_, verdict) = repeat._cells({"4-3-3": one, "5-3-2": other}, {"4-3-3": 100, "5-3-2": 120})
-    assert cells[2][5:] == ["+58.33", "40.41 to 76.26", "0.062"], "2 / 2^5, however many seeds repeat it"
+    cells, (*_, verdict) = repeat._cells({"4-3-3": one, "5-3-2": other}, {"4-3-3": 100, "5-3-2": 120})
+    assert cells[2][6:] == ["+58.33", "40.41 to 76.26", "0.062"], "2 / 2^5, however many seeds repeat it"
     assert verdict == "5-3-2 ties with 4-3-3: +58.33 points at 1.20 times its cost"
     assert repeat._cells({"a": one[:1], "b": other[:1]}, {"a": 1, "b": 1})[0][1][2] == "13.68 to 69.43", "Wilson's"
     wide = {"a": one.repeat(1, 3), "b": other.repeat(1, 3)}
-    assert "b beats a" in repeat._cells(wide, {"a": 1, "b": 1})[1][1]
-    assert "a is worse than b" in repeat._cells(dict(reversed(wide.items())), {"a": 1, "b": 1})[1][1]
+    assert "b beats a" in repeat._cells(wide, {"a": 1, "b": 1})[1][-1]
+    assert "a is worse than b" in repeat._cells(dict(reversed(wide.items())), {"a": 1, "b": 1})[1][-1]
 
 
 @pytest.mark.parametrize(

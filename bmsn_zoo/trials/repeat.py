@@ -14,7 +14,7 @@ from ..card import interval
 from ..config import SearchConfig, TrainConfig, build_config, with_reachable_data
 from ..errors import InputError
 from ..layout import Layout
-from ..results import SearchResult, TrialResult
+from ..results import LatencyResult, SearchResult, TrialResult
 from ..run_folder import load_tensors
 from .confirm import paired_tests
 from .protocol import Trial
@@ -82,12 +82,13 @@ def retrain(
         ])
         for layout in layouts
     }  # fmt: skip
-    return _cells(masks, result)
+    return _cells(masks, {layout: result.pick(layout).macs for layout in masks}, result.latency)
 
 
-def _cells(masks: dict[str, torch.Tensor], search: SearchResult) -> tuple[list[list[str]], list[str]]:
-    """The table and its lines, from which images (seeds, N) each layout gets right, and what its search says of it."""
-    macs, latency = {layout: search.pick(layout).macs for layout in masks}, search.latency
+def _cells(
+    masks: dict[str, torch.Tensor], macs: dict[str, int], latency: LatencyResult | None = None
+) -> tuple[list[list[str]], list[str]]:
+    """The table and its lines, from which images (seeds, N) each layout gets right, and what they cost."""
     tests = paired_tests({layout: mask.sum(0) for layout, mask in masks.items()})
     (first, base), cells, lines = next(iter(masks.items())), [], []
     seeds, images = base.shape
