@@ -41,7 +41,7 @@ def run(program: str, name: str, data: str, flags: str) -> dict[str, Any]:
     read: Callable[[Path], Any] = TrainResult.read if program == "train.py" else SearchResult.read
     found = read(file)
     about = {"command": f"{program} {flags}", "seconds": round(found.duration_seconds), "commit": found.commit}
-    about |= {"hardware": found.hardware, "precision": found.precision}
+    about |= {"hardware": found.hardware, "precision": found.precision, "versions": found.versions}
     if program == "train.py":
         return {**about, "layout": found.layout, "macs": found.macs, "accuracy": found.test_accuracy}
     assert found.confirmed
@@ -77,7 +77,8 @@ def table(path: Path) -> str:
     lines = ["# A search from trained weights, on few images", "", *__doc__.strip().splitlines()[4:], ""]
     lines += [
         f"The search took {found['seconds']} s and says: {found['verdict']}. Its supernets' norms: {found['norms']}.",
-        f"Hardware: {found['hardware']}, {found['precision']}; commit {found['commit'] or 'unknown'}.",
+        f"Hardware: {found['hardware']}, {found['precision']}; commit {found['commit'] or 'unknown'}. Seconds are of a",
+        "machine that did other work, too.",
         "",
         "| layout | multiply-accumulates | start | test accuracy, % | mean and deviation | 95 % | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
