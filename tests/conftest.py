@@ -18,6 +18,13 @@ def pytest_configure(config):
     home = tempfile.mkdtemp(prefix="bmsn-zoo-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(HF_HOME=home, HF_DATASETS_CACHE=os.path.join(home, "datasets"), HF_HUB_OFFLINE="1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    """Defaults of tests; the package is imported here, when its lines are counted."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return
     from bmsn_zoo import runtime
     from bmsn_zoo.config import SearchConfig
 

@@ -108,6 +108,7 @@ def test_the_crop_follows_the_size_unless_it_is_said(food):
     assert resized(image_size=32, crop="random-resized", crop_pct=1.0) == (True, 1.0)
 
 
+@pytest.mark.slow
 def test_a_shrunk_copy_is_made_once_and_of_training_images_alone(food, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     settings = dict(store_size=60, memory_limit=0)

@@ -264,9 +264,11 @@ def test_full_disk_is_one_line(image_folder, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        "search",
         "hub",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("train", "evaluate", "report", "compare", "predict")),
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ("search", "train", "evaluate", "report", "compare", "predict")
+        ),
     ],
 )
 def test_help_and_mistaken_settings_are_answered_without_torch(command, tmp_path):

@@ -202,7 +202,10 @@ def contents(run):
 
 @pytest.mark.parametrize(
     ("strategy", "sharing"),
-    [("darts", "random"), ("unshared", "same"), pytest.param("gaea", "shared", marks=pytest.mark.slow)],
+    [
+        ("unshared", "same"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("darts", "random"), ("gaea", "shared"))),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(strategy, sharing, image_folder, tmp_path):
     settings = ["--strategy", strategy, "--sharing", sharing, "--image-size", 8]

@@ -90,6 +90,7 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
     assert SearchConfig(budget="1.4e14").budget == 140_000_000_000_000
 
 
+@pytest.mark.slow
 def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image_folder, tmp_path, caplog):
     evaluation, budget = 2 * 32 * TREE, 30 * 5 * 8 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
     settings = ["--dataset", str(image_folder), *SMALL, "--budget", str(budget), "--evaluate-last", "2"]

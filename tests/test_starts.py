@@ -64,7 +64,14 @@ def test_a_training_goes_on_from_a_run_in_its_layout_or_another(trained, image_f
 @pytest.mark.parametrize(
     ("module", "kind", "end", "flags", "written"),
     [
-        (train_module, train_module.Training, "_describe_epoch", ["--init-from"], "model/model.safetensors"),
+        pytest.param(
+            train_module,
+            train_module.Training,
+            "_describe_epoch",
+            ["--init-from"],
+            "model/model.safetensors",
+            marks=pytest.mark.slow,
+        ),
         (
             search_module,
             search_module.OneShotSearch,

@@ -446,7 +446,7 @@ def test_owners_of_any_strategy_exchange_what_they_learned(name):
     "strategy",
     [
         ["few-shot"],
-        ["mcts"],
+        pytest.param(["mcts"], marks=pytest.mark.slow),
         pytest.param(["uniform", "--draws", "permutation"], marks=pytest.mark.slow),
         pytest.param(["boltzmann"], marks=pytest.mark.slow),
     ],

@@ -45,7 +45,7 @@ def images():
 # exhaustive evaluation
 
 
-@pytest.mark.parametrize("default_layout", [None, "5-5", "3-3-2-2", "10"])
+@pytest.mark.parametrize("default_layout", ["5-5", "3-3-2-2", "10", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_walk_equals_one_by_one(name, default_layout, images):

@@ -319,6 +319,7 @@ def test_the_test_is_mcnemars_exact_one_with_holms_correction():
 CONFIRMED = (*COMMON, "--mixture-size", "1", "--threads", "1", "--confirm", "3", "--confirm-epochs", "1")
 
 
+@pytest.mark.slow
 def test_a_confirmation_that_shows_nothing_keeps_the_default_and_goes_on_where_it_was_killed(closed, tmp_path, capsys):
     whole, broken, real, layouts = tmp_path / "whole", tmp_path / "broken", runner.train, []
     assert run(search_module, "--dataset", closed, *CONFIRMED, "--output", whole) == 0
