@@ -9,6 +9,7 @@ test images of those classes. Runs below runs/fine_tuning that are finished are 
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -79,6 +80,13 @@ def main() -> None:
     write_text(given.output.with_suffix(".md"), table(given.output.with_suffix(".json")))
 
 
+def cells(values: Sequence[float]) -> str:
+    """Cells of a table for the accuracies of several seeds, in percent: each, mean and deviation, Student's 95 %."""
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    each = ", ".join(f"{value:.2f}" for value in values)
+    return f"{each} | {mean(values):.1f} ± {stdev(values):.1f} | {mean(values) - half:.1f} to {mean(values) + half:.1f}"
+
+
 def table(path: Path) -> str:
     """The record as Markdown."""
     record = read_json(path)
@@ -91,10 +99,7 @@ def table(path: Path) -> str:
     lines += ["| --- | --- | --- | --- | --- |"]
     for start in STARTS:
         values = [100 * each["accuracy"] for each in record[start]["runs"]]
-        half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-        each = ", ".join(f"{value:.2f}" for value in values)
-        spread = f"{mean(values):.1f} ± {stdev(values):.1f} | {mean(values) - half:.1f} to {mean(values) + half:.1f}"
-        lines.append(f"| {start} | {record[start]['rate']} | {each} | {spread} |")
+        lines.append(f"| {start} | {record[start]['rate']} | {cells(values)} |")
     commands = [
         each["command"] for start in STARTS for each in (*record[start]["tuning"].values(), *record[start]["runs"])
     ]

@@ -14,10 +14,9 @@ import argparse
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t
+from fine_tuning import cells
 
 from bmsn_zoo.files import read_json, write_json, write_text
 from bmsn_zoo.results import SearchResult, TrainResult
@@ -87,13 +86,9 @@ def table(path: Path) -> str:
         for start in STARTS:
             runs = record[f"{what}, {start}"]
             values = [100 * each["accuracy"] for each in runs]
-            half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-            each = ", ".join(f"{value:.2f}" for value in values)
-            lines.append(
-                f"| {what}, {runs[0]['layout']} | {runs[0]['macs'] / 1e6:.1f} M | {start} | {each} | "
-                f"{mean(values):.1f} ± {stdev(values):.1f} | {mean(values) - half:.1f} to {mean(values) + half:.1f} | "
-                f"{', '.join(str(each['seconds']) for each in runs)} |"
-            )
+            seconds = ", ".join(str(each["seconds"]) for each in runs)
+            about = f"{what}, {runs[0]['layout']} | {runs[0]['macs'] / 1e6:.1f} M | {start}"
+            lines.append(f"| {about} | {cells(values)} | {seconds} |")
     runs = [run for what in ("default", "found") for start in STARTS for run in record[f"{what}, {start}"]]
     return "\n".join([*lines, "", "```bash", *(run["command"] for run in (found, *runs)), "```"]) + "\n"
 

@@ -19,6 +19,7 @@ from .ranking import standard_error, ties
 from .results import Entry, SearchResult, Segment, TrainResult
 from .search_space import backbone_of
 
+PICTURE = "layout.png"  # of a model folder
 SOME_NAME = "YOUR_NAME/THIS_REPOSITORY"  # stands for the Hub id of a folder that was not pushed yet
 _UNLICENSED = ("uoft-cs/cifar10", "uoft-cs/cifar100")  # the Hub lists them as unknown
 # flags that say where a run lies, not what it computes; those with a value, and those without
@@ -68,7 +69,7 @@ def write_card(
         model_name=model_name,
         result=result,
         onnx=(folder / "model.onnx").exists(),
-        picture=(folder / "layout.png").exists(),
+        picture=(folder / PICTURE).exists(),
         preparation=preparation(data.in_chans, data.image_size, data.crop_pct),
         mode="RGB" if data.in_chans == 3 else "L",
         rows=[result] if default is None else [default, result],

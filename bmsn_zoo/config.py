@@ -312,6 +312,9 @@ class SearchConfig(DataConfig):
         alone = self.strategy in ALONE
         if not alone and self.budget is not None and self.epochs is not None and "epochs" in self.model_fields_set:
             raise InputError(f"budget and epochs {self.epochs} are two ends of one search: give one of them")
+        for name in ("pretrained", "init_from"):
+            if self.pretrained_from and getattr(self, name):
+                raise InputError(f"pretrained-from and {name.replace('_', '-')} are two starts: give one of them")
         if self.confirm == 1:
             raise InputError("confirm 1 leaves the default layout alone: give 2 or more, or 0")
 

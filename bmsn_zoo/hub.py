@@ -23,14 +23,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
 from . import __version__
-from .card import SOME_NAME, portable, relicense, search_card
+from .card import PICTURE, SOME_NAME, portable, relicense, search_card
 from .client import one_line
 from .command import run_command
 from .config import DataConfig, shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
 from .model_folder import MODEL_FILES, add, load_model
-from .report import PICTURE
 from .results import SearchResult, TrainResult
 from .run_folder import load_tensors
 from .usage import parser_of

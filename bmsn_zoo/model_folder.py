@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from .card import portable, write_card
+from .card import PICTURE, portable, write_card
 from .config import TrainConfig, shipped_folder
 from .errors import InputError, first_line
 from .export import export_onnx, preparation, require_onnx
 from .files import read_bytes, read_json, sha256, write_json
 from .models import PoolingResNet, RelaidResNet
 from .models.found import HUB_ORG
-from .report import PICTURE, draw_model
+from .report import draw_model
 from .results import SearchResult, TrainResult
 from .run_folder import check_weights
 

@@ -122,8 +122,6 @@ class OneShotSearch(SearchBase):
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         prepare = None
         if config.pretrained_from:
-            if config.init_from:
-                raise InputError("pretrained-from and init-from are two starts: give one of them")
             start = None if folder.epoch else find_start(config.pretrained_from, config.model)
             prepare = functools.partial(supernet_from, start=start, label_names=self.data.label_names)
         self.mixture = Mixture(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .card import percent, ranked_rows
+from .card import PICTURE, percent, ranked_rows
 from .command import run_command
 from .config import MAX_LAYOUTS, DataConfig
 from .errors import InputError
@@ -29,7 +29,6 @@ _HIGHLIGHT, _QUIET = "#c2410c", "#94a3b8"
 _BELOW: dict[str, Any] = dict(
     loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False, markerscale=0.7
 )
-PICTURE = "layout.png"  # of a model folder
 _NAMES = {
     "default": "train the default",
     "best_within_default_macs": "the best within the default's cost",

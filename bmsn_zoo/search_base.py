@@ -12,7 +12,7 @@ from . import cost, report, runtime
 from .command import out_of_memory
 from .config import SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
-from .errors import InputError, first_line
+from .errors import first_line
 from .evaluate import full_float32
 from .ranking import why_undecided
 from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
@@ -39,8 +39,6 @@ class SearchBase:
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
-        if config.pretrained_from and config.pretrained:
-            raise InputError("pretrained-from and pretrained are two starts: give one of them")
         space, self.source = (
             SearchSpace(config.model, config.default_layout),
             DataSource(config, torch.get_num_threads()),

@@ -19,7 +19,7 @@ from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
 from bmsn_zoo.card import portable, search_card
 from bmsn_zoo.compare import expected_best
-from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.config import ALONE, SearchConfig
 from bmsn_zoo.errors import InputError
 from bmsn_zoo.layout import Layout
 from bmsn_zoo.results import Confirmation, SearchResult, TrialResult
@@ -95,6 +95,10 @@ def play(plan, truth, backwards=False):
 
 SPACE = SearchSpace("bmsn_resnet20")
 TRUTH = reference.table("cifar10-resnet20").accuracy
+
+
+def test_settings_know_all_plans():
+    assert set(ALONE) == set(PLANS)
 
 
 @pytest.mark.parametrize("strategy", PLANS)

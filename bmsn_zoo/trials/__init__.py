@@ -1,7 +1,7 @@
 """Searches by standalone trainings: which to train next, and where they run.
 
-A plan is a file of its own here and a line in `PLANS`; it is what `Plan` asks for and is created with the layouts and
-the settings of the search.
+A plan is a file of its own here, a line in `PLANS` and its name in `config.ALONE`; it is what `Plan` asks for and is
+created with the layouts and the settings of the search.
 """
 
 from collections.abc import Callable
