@@ -24,7 +24,7 @@ from bmsn_zoo.assignment import usage
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.data import DataSource, normalise, to_pixels
 from bmsn_zoo.results import SearchResult
-from bmsn_zoo.runtime import native_precision
+from bmsn_zoo.runtime import computes_bf16
 from bmsn_zoo.supernet import Mixture, count_correct
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_evaluating_in_between_changes_nothing(searched, image_folder, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(native_precision(torch.device("cpu")) == "no", reason="bf16 is emulated here, and slow")
+@pytest.mark.skipif(not computes_bf16(torch.device("cpu")), reason="bf16 is emulated here, and slow")
 def test_bf16_ranks_a_trained_supernet_as_float32_does(tmp_path):
     search("digits", tmp_path / "run", "--batch-size", 64, "--epochs", 4, "--mixture-size", 1)
     torch.set_num_threads(2)  # the search had one
