@@ -102,7 +102,7 @@ class DataConfig(BaseModel):
         environment=True,
     )
     mixed_precision: str = setting(
-        "auto", "auto takes what the device computes natively", choices=PRECISIONS, environment=True
+        "auto", "auto takes the fastest of the device", choices=PRECISIONS, environment=True
     )
     threads: int | None = setting(None, "CPU threads of each process; all cores shared evenly", 1, environment=True)
     report_to: str | None = setting(

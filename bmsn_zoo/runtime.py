@@ -67,7 +67,7 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
 
     Args:
         config: `mixed_precision` and `threads` are read. `auto` precision is what the launcher was asked for, else
-            `default_precision` (that of the run to resume), else what the device computes natively.
+            `default_precision` (that of the run to resume), else the fastest of the device.
         default_precision: see above.
 
     Raises:
