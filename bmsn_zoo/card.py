@@ -6,11 +6,12 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import jinja2
 import yaml
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 from .export import preparation
 from .files import write_text
@@ -113,6 +114,22 @@ def interval(accuracy: float, images: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def over_seeds(accuracies: Sequence[float]) -> str:
+    """Mean and deviation of accuracies (fractions) of the same training with other seeds."""
+    return f"{100 * mean(accuracies):.2f} ± {100 * stdev(accuracies):.2f} %"
+
+
+def gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """How much more accurate trainings are than others: points, with Welch's 95 % interval where both are several."""
+    gap = f"{100 * (mean(ours) - mean(theirs)):+.2f} points"
+    if min(len(ours), len(theirs)) < 2:
+        return gap
+    if not stdev(ours) + stdev(theirs):
+        return f"{gap} (no deviation between seeds)"
+    found = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    return f"{gap} (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f})"
+
+
 def template_environment(autoescape: bool = False) -> jinja2.Environment:
     """Where our templates are, and what they may use beside their values."""
     environment = jinja2.Environment(
@@ -124,6 +141,7 @@ def template_environment(autoescape: bool = False) -> jinja2.Environment:
     )
     environment.filters.update(
         percent=percent,
+        over_seeds=over_seeds,
         millions=lambda number, places=1: f"{number / 1e6:.{places}f} M",
         duration=lambda seconds: f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes",
         count=lambda number, what: f"{number} {what}{'' if number == 1 else 's'}",
@@ -132,7 +150,7 @@ def template_environment(autoescape: bool = False) -> jinja2.Environment:
         hardware=_hardware,
         command=_command,
     )
-    environment.globals.update(standard_error=standard_error, interval=interval, ties=ties)
+    environment.globals.update(standard_error=standard_error, interval=interval, ties=ties, gain=gain)
     return environment
 
 
@@ -183,14 +201,19 @@ def portable(result: ResultT) -> ResultT:
         where = settings.get(key)
         if where and not _PINNED.fullmatch(str(where)):
             settings[key] = "search.json" if key == "from_search" else Path(str(where)).name
-    return result.model_copy(
-        update={
-            "dataset": data.model_copy(update={"id": shown}),
-            "settings": settings,
-            "segments": [s.model_copy(update={"command": _portable_command(s.command)}) for s in result.segments],
-            "recipe": result.recipe and Path(result.recipe).name,
-        }
-    )
+    update: dict[str, Any] = {
+        "dataset": data.model_copy(update={"id": shown}),
+        "settings": settings,
+        "segments": _portable_segments(result.segments),
+        "recipe": result.recipe and Path(result.recipe).name,
+    }
+    if repeats := getattr(result, "repeats", []):
+        update["repeats"] = [r.model_copy(update={"segments": _portable_segments(r.segments)}) for r in repeats]
+    return result.model_copy(update=update)
+
+
+def _portable_segments(segments: Sequence[Segment]) -> list[Segment]:
+    return [s.model_copy(update={"command": _portable_command(s.command)}) for s in segments]
 
 
 def _portable_command(words: Sequence[str]) -> list[str]:

@@ -101,9 +101,7 @@ class DataConfig(BaseModel):
         "settings by name, perhaps with -small behind (ends in minutes), or from a YAML file; flags win over it",
         environment=True,
     )
-    mixed_precision: str = setting(
-        "auto", "auto takes the fastest of the device", choices=PRECISIONS, environment=True
-    )
+    mixed_precision: str = setting("auto", "auto takes the fastest of the device", choices=PRECISIONS, environment=True)
     threads: int | None = setting(None, "CPU threads of each process; all cores shared evenly", 1, environment=True)
     report_to: str | None = setting(
         None,

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .files import read_bytes, read_json, sha256, write_json
 from .models import PoolingResNet, RelaidResNet
 from .models.found import HUB_ORG
 from .report import draw_model
-from .results import SearchResult, TrainResult
+from .results import Repeat, SearchResult, TrainResult
 from .run_folder import check_weights
 
 # all that a model folder may hold: no pickle is among it
@@ -131,20 +132,28 @@ def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
     return model
 
 
-def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None = None) -> Path:
+def add(
+    run: Path | str,
+    name: str,
+    default: str | None = None,
+    repeats: Sequence[Path | str] = (),
+    zoo: Path | None = None,
+) -> Path:
     """Make a model of the zoo from a finished training: `import bmsn_zoo` then registers it.
 
     Args:
         run: run folder of the training.
         name: the timm name, such as bmsn_resnet20_mydata.
         default: name of the model with the default layout in the zoo, trained in the same way, to compare with.
+        repeats: run folders of the same training with other seeds, whose accuracies the card tells too.
         zoo: folder of model folders; hub_configs/ if None.
 
     Returns:
         the new folder.
 
     Raises:
-        InputError: if the training is not finished, the name is taken, or `default` was trained in another way.
+        InputError: if the training is not finished, the name is taken, or `default` or one of the repeats was trained
+            in another way.
     """
     zoo, source = zoo or shipped_folder("hub_configs"), Path(run) / "model"
     folder = zoo / name
@@ -155,13 +164,15 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
     require_onnx()
     model, metrics = load_model(source), TrainResult.read(source / "metrics.json")
     compared = _comparable(metrics, zoo / default) if default else None
+    metrics = _with_repeats(metrics, [Path(one) / "model" for one in repeats])
 
     partial = zoo / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for file in (source / "model.safetensors", source / "metrics.json", Path(run) / "metrics.jsonl"):
+        for file in (source / "model.safetensors", Path(run) / "metrics.jsonl"):
             (partial / file.name).write_bytes(read_bytes(file))
+        metrics.write(partial / "metrics.json")
         if (source / "search.json").is_file():
             portable(SearchResult.read(source / "search.json")).write(partial / "search.json")
         config = _for_every_client(read_json(source / "config.json"))
@@ -177,14 +188,29 @@ def add(run: Path | str, name: str, default: str | None = None, zoo: Path | None
     return folder
 
 
-def _comparable(metrics: TrainResult, default: Path) -> TrainResult:
-    """Result of the default model, if it was trained as the other was: same data, same settings but layout and seed."""
-    other = TrainResult.read(default / "metrics.json")
+def _comparable(metrics: TrainResult, folder: Path) -> TrainResult:
+    """Result of another model, if it was trained as this one was: same data, same settings but layout and seed."""
+    other = TrainResult.read(folder / "metrics.json")
     mine, theirs = (
         {**TrainConfig().settings(), **result.settings, **result.dataset.model_dump(include=_DATA)}
         for result in (metrics, other)
     )
     differing = [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
     if differing:
-        raise InputError(f"{default.name} is not comparable: it was trained with another {', '.join(differing)}")
+        shown = folder.parent if folder.name == "model" else folder.name
+        raise InputError(f"{shown} is not comparable: it was trained with another {', '.join(differing)}")
     return other
+
+
+def _with_repeats(metrics: TrainResult, folders: Sequence[Path]) -> TrainResult:
+    """A result that tells of the same training with other seeds too, whose model folders these are."""
+    found = [metrics]
+    for folder in folders:
+        load_model(folder)  # is whole
+        other = portable(_comparable(metrics, folder))
+        if other.layout != metrics.layout:
+            raise InputError(f"{folder.parent} is no repeat: its layout is {other.layout}, not {metrics.layout}")
+        if twin := next((one for one in found if one.seed == other.seed), None):
+            raise InputError(f"{folder.parent} is no repeat: seed {twin.seed} is there already, give another one")
+        found.append(other)
+    return metrics.model_copy(update={"repeats": [Repeat.of(other) for other in found[1:]]}) if folders else metrics

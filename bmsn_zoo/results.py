@@ -577,6 +577,25 @@ class SearchResult(Ranking, Run):
         return self.pick("default" if self.undecided and self.default and choice.startswith("best") else choice)
 
 
+class Repeat(Record):
+    """The same training with another seed, whose weights were not kept.
+
+    Attributes:
+        test_accuracy: of its weights on all test images, a fraction.
+        test_loss: mean cross-entropy on them, nats.
+    """
+
+    seed: Count
+    test_accuracy: Fraction
+    test_loss: float
+    segments: Annotated[list[Segment], Field(min_length=1), FailFast()]
+
+    @classmethod
+    def of(cls, result: "TrainResult") -> Self:
+        """What to keep of a training."""
+        return cls(**{name: getattr(result, name) for name in cls.model_fields})
+
+
 class TrainResult(Run):
     """Result of a training.
 
@@ -589,6 +608,7 @@ class TrainResult(Run):
         class_images: test images of every class, in the order of the label names.
         class_right: how many of them are classified correctly.
         confused: the most frequent mistakes: class, what it was taken for, test images.
+        repeats: the same training with other seeds.
     """
 
     model: str
@@ -606,8 +626,25 @@ class TrainResult(Run):
     class_images: Annotated[list[Count] | None, FailFast()] = None
     class_right: Annotated[list[Count] | None, FailFast()] = None
     confused: Annotated[list[Annotated[list[Count], Field(min_length=3, max_length=3)]], FailFast()] = []
+    repeats: Annotated[list[Repeat], FailFast()] = []
     settings: Annotated[Settings, _checked(TrainConfig)]
     dataset: TrainDataset
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies of all seeds, fractions, its own first."""
+        return [self.test_accuracy, *(repeat.test_accuracy for repeat in self.repeats)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds, its own first."""
+        return [self.seed, *(repeat.seed for repeat in self.repeats)]
+
+    @model_validator(mode="after")
+    def _repeats_with_other_seeds(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"it repeats a training with seeds {self.seeds}, of which some are the same")
+        return self
 
     @model_validator(mode="after")
     def _counts_its_classes(self) -> Self:

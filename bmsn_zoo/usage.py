@@ -112,6 +112,13 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         new.add_argument("run", metavar="RUN_FOLDER")
         new.add_argument("name")
         new.add_argument("--default", metavar="NAME", help="model with the default layout to compare with in the card")
+        new.add_argument(
+            "--repeats",
+            nargs="+",
+            default=[],
+            metavar="RUN_FOLDER",
+            help="the same training with other seeds, whose accuracies the card tells too",
+        )
     return parser
 
 

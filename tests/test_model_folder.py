@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from bmsn_zoo.data import normalise
 from bmsn_zoo.export import export_onnx, require_onnx
 from bmsn_zoo.files import sha256
 from bmsn_zoo.model_folder import add, load_model
+from bmsn_zoo.results import TrainResult
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.parent.name for file in shipped_folder("hub_configs").glob("*/config.json"))
@@ -151,6 +153,58 @@ def test_only_models_trained_alike_are_compared(path, value, said, runs, tmp_pat
 
 def test_models_of_another_seed_place_and_pick_are_compared(again):
     assert "Against the default layout" in (again / "README.md").read_text()
+
+
+@pytest.fixture
+def repeat(runs, tmp_path):
+    """A function that makes run folders of the found training with another seed."""
+
+    def make(seed, accuracy):
+        made = shutil.copytree(runs.found, tmp_path / f"s{seed}-{accuracy}")
+        record = made / "model" / "metrics.json"
+        change(record, "seed", value=seed)
+        change(record, "settings", "seed", value=seed)
+        change(record, "test_accuracy", value=accuracy)
+        return made
+
+    return make
+
+
+def test_repeats_with_other_seeds_are_told_of(runs, repeat, tmp_path, monkeypatch):
+    written = runs.found / "model" / "model.onnx"  # to export the same weights again takes seconds
+    monkeypatch.setattr(model_folder, "export_onnx", lambda model, path, names: shutil.copy(written, path))
+    zoo = tmp_path / "zoo"
+    shutil.copytree(runs.zoo / DEFAULT, zoo / DEFAULT)
+    seeds = [repeat(1, 0.5), repeat(2, 0.75)]
+    added = add(runs.found, "bmsn_resnet20_new", default=DEFAULT, repeats=seeds, zoo=zoo)
+    first = TrainResult.read(runs.found / "model" / "metrics.json")
+    found, text = TrainResult.read(added / "metrics.json"), (added / "README.md").read_text()
+    assert (found.seeds, found.accuracies) == ([0, 1, 2], [first.test_accuracy, 0.5, 0.75])
+    assert found.repeats[0].segments[0].commit == first.segments[0].commit
+    assert str(tmp_path) not in (added / "metrics.json").read_text()
+    over = f"{100 * mean(found.accuracies):.2f} ± {100 * stdev(found.accuracies):.2f} %"
+    assert f"(seed 0; mean and deviation of 3 seeds: {over})" in text
+    assert f"| {100 * first.test_accuracy:.2f} % | 0, 1, 2 | {over} |" in text
+    assert "n = 1)." not in text and "was not measured" not in text
+    assert f"value: {first.test_accuracy}\n" in text, "the weights' own accuracy is what can be measured again"
+    load_model(added)
+
+
+def test_what_is_no_repeat_is_refused(runs, repeat, tmp_path):
+    zoo = tmp_path / "zoo"
+    for repeats, said in (
+        ([repeat(0, 0.5)], "s0-0.5 is no repeat: seed 0 is there already, give another one"),
+        ([repeat(1, 0.5), repeat(1, 0.75)], "s1-0.75 is no repeat: seed 1 is there already"),
+        ([runs.default], "is no repeat: its layout is 4-3-3"),
+        ([tmp_path], "is no model folder"),
+    ):
+        with pytest.raises(InputError, match=said):
+            add(runs.found, "bmsn_resnet20_new", repeats=repeats, zoo=zoo)
+    other = repeat(3, 0.5)
+    change(other / "model" / "metrics.json", "settings", "epochs", value=7)
+    with pytest.raises(InputError, match=r"s3-0\.5 is not comparable: it was trained with another epochs"):
+        add(runs.found, "bmsn_resnet20_new", repeats=[other], zoo=zoo)
+    assert not zoo.exists()
 
 
 # reading
