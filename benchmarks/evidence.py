@@ -1,10 +1,15 @@
-"""The tables of results/searches.md, from the searches recorded in results/searches: python benchmarks/evidence.py
+"""The tables of results/ and of the README, from records alone: python benchmarks/evidence.py
+
+results/searches.md comes from the searches in results/searches, results/zoo.md and the README's table of models from
+every model's metrics.json, and from results/public.csv, other people's weights.
 
 A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
 row of results/PROTOCOL.md. Rows that begin with dev- are of the development: what they are judged by needs no truth,
 so the published table is not read for them.
 """
 
+import csv
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,10 +18,12 @@ from pathlib import Path
 from statistics import mean
 
 from bmsn_zoo import Layout, SearchSpace, benchmark, reference
+from bmsn_zoo.card import gain, over_seeds, percent
 from bmsn_zoo.compare import Quality, agreement, expected_best, markdown, mean_and_deviation, quality
-from bmsn_zoo.results import SearchResult
+from bmsn_zoo.results import SearchResult, TrainResult
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 TRUTH = reference.table("cifar10-resnet20")
 SPACE = SearchSpace("bmsn_resnet20")
 MACS = {layout: SPACE.macs(layout, 32, 3) for layout in SPACE}
@@ -123,6 +130,79 @@ def page(rows: dict[str, dict[int, SearchResult]]) -> str:
     return "\n".join(parts)
 
 
+# the zoo
+
+
+def zoo() -> dict[str, TrainResult]:
+    """The models that have weights, by their names: each data set's default first."""
+    found = {file.parent.name: TrainResult.read(file) for file in sorted(ROOT.glob("hub_configs/*/metrics.json"))}
+    return dict(sorted(found.items(), key=lambda one: (_data(one[1]), "_default" not in one[0], one[0])))
+
+
+def _data(result: TrainResult) -> str:
+    """CIFAR-10, say."""
+    return result.dataset.id.split("/")[1].upper().replace("R1", "R-1")
+
+
+def models(results: dict[str, TrainResult]) -> str:
+    """The README's table: our models, and other people's weights of the default layout."""
+    cells = [["model", "trained on", "layout", "parameters", "multiply-accumulates", "epochs", "test accuracy",
+              "note"]]  # fmt: skip
+    for name, result in results.items():
+        found = ", found" if result.settings["from_search"] and not name.endswith("_default") else ""
+        seeds = f"{over_seeds(result.accuracies)} over {len(result.seeds)} seeds" if result.repeats else "n = 1"
+        cells.append([f"[`{name}`](hub_configs/{name}/README.md)", _data(result), f"{result.layout}{found}",
+                      f"{result.parameters / 1e6:.2f} M", f"{result.macs / 1e6:.1f} M", str(result.epochs),
+                      percent(result.test_accuracy), seeds])  # fmt: skip
+    size = {_data(result): f"{result.parameters / 1e6:.2f} M" for result in results.values()}
+    usual = SPACE.default_layout
+    with (RESULTS / "public.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            cells.append([f"ResNet20 of [{row['source']}]({row['address']})", row["data"], str(usual),
+                          size[row["data"]], f"{MACS[usual] / 1e6:.1f} M", row["epochs"], f"{row['accuracy']} %",
+                          row["note"]])  # fmt: skip
+    return markdown(cells) + "\n"
+
+
+def gains(results: dict[str, TrainResult]) -> str:
+    """Every model against the default layout of its data set, over the seeds."""
+    cells = [["model", "seeds", "test accuracies", "mean and deviation", "against the default",
+              "multiply-accumulates"]]  # fmt: skip
+    for name, result in results.items():
+        usual = results[re.sub("_(lite|default)$", "", name) + "_default"]
+        cells.append([f"`{name}`, {result.layout}", ", ".join(map(str, result.seeds)),
+                      ", ".join(map(percent, result.accuracies)),
+                      over_seeds(result.accuracies) if result.repeats else "n = 1",
+                      "-" if result is usual else gain(result.accuracies, usual.accuracies),
+                      f"{result.macs / usual.macs:.2f} of the default's"])  # fmt: skip
+    return markdown(cells) + "\n"
+
+
+def zoo_page(results: dict[str, TrainResult]) -> str:
+    """results/zoo.md."""
+    parts = [
+        "# The zoo\n",
+        "Written by `python benchmarks/evidence.py` from every model's `metrics.json`, which holds the command,\n"
+        "settings, versions, hardware and commit of the training that is shipped and of its repeats with other seeds.\n"
+        "Rules: [PROTOCOL.md](PROTOCOL.md). Test images, last epoch, no test-time augmentation; intervals are of the\n"
+        "difference of means (Welch).\n",
+        gains(results),
+    ]
+    return "\n".join(parts)
+
+
+def with_models(readme: str, results: dict[str, TrainResult]) -> str:
+    """A README with the table of models as it is now."""
+    return re.sub(r"(?<=<!-- models -->\n).*?(?=<!-- /models -->)", lambda _: models(results), readme, flags=re.S)
+
+
 if __name__ == "__main__":
-    (RESULTS / "searches.md").write_text(page(load(RESULTS / "searches")), encoding="utf-8")
-    sys.stdout.write(f"{RESULTS / 'searches.md'}\n")
+    trained = zoo()
+    written = {
+        RESULTS / "searches.md": page(load(RESULTS / "searches")),
+        RESULTS / "zoo.md": zoo_page(trained),
+        ROOT / "README.md": with_models((ROOT / "README.md").read_text(encoding="utf-8"), trained),
+    }
+    for file, text in written.items():
+        file.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{file}\n")

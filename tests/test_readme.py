@@ -14,7 +14,7 @@ from PIL import Image
 
 from bmsn_zoo.card import portable
 from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser, load_recipe
-from bmsn_zoo.results import TrainResult
+from bmsn_zoo.results import Repeat
 from bmsn_zoo.usage import parser_of
 
 ROOT = Path(__file__).parents[1]
@@ -91,21 +91,12 @@ def test_every_number_comes_from_a_record():
     """Those of the zoo from its metrics.json, those of speed from the committed measurements."""
     summary = runpy.run_path(str(ROOT / "benchmarks" / "summary.py"))
     native = summary["load"](summary["COLUMNS"]["bf16 computed natively"])
-    rows = []
-    for file in ROOT.glob("hub_configs/*/metrics.json"):
-        result, name = TrainResult.read(file), file.parent.name
-        found = ", found" if result.settings["from_search"] else ""
-        data = result.dataset.id.split("/")[1].upper().replace("R1", "R-1")
-        rows.append(
-            f"[`{name}`](hub_configs/{name}/README.md) | {data} | {result.layout}{found} "
-            f"| {result.parameters / 1e6:.2f} M | {result.macs / 1e6:.1f} M | {100 * result.test_accuracy:.2f} % |"
-        )
-        assert f"(n = 1, {result.epochs} epochs)" in README
+    evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
     tuned = json.loads((ROOT / "results" / "fine_tuning.json").read_text(encoding="utf-8"))
     means = {start: [100 * run["accuracy"] for run in tuned[start]["runs"]] for start in ("scratch", SOURCE)}
     scratch, started = (f"{mean(values):.1f} ± {stdev(values):.1f} %" for values in (means["scratch"], means[SOURCE]))
     claims = [
-        *rows,
+        evidence["models"](evidence["zoo"]()),
         f"{started} of the test images are classified correctly, from scratch {scratch} (n = 3 seeds",
         "--lr 0.01",
         summary["table"](),
@@ -136,6 +127,22 @@ def test_timms_scripts_know_our_models(tmp_path):
     words = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout == "3-4-3\n", done.stderr
+
+
+def test_the_tables_of_models_are_those_of_their_records():
+    evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
+    results = evidence["zoo"]()
+    assert evidence["with_models"](README, results) == README
+    assert (ROOT / "results" / "zoo.md").read_text(encoding="utf-8") == evidence["zoo_page"](results)
+    repeats = [
+        Repeat(seed=seed, test_accuracy=accuracy, test_loss=1, segments=results[SOURCE].segments)
+        for seed, accuracy in ((1, 0.61), (2, 0.62))
+    ]
+    several = {name: one.model_copy(update={"repeats": repeats, "test_accuracy": 0.6}) for name, one in results.items()}
+    assert "| 60.00 % | 61.00 ± 1.00 % over 3 seeds |" in evidence["models"](several)
+    assert "| 0, 1, 2 | 60.00 %, 61.00 %, 62.00 % | 61.00 ± 1.00 % | +0.00 points (95 % interval -2.27 to +2.27) |" in (
+        evidence["gains"](several)
+    )
 
 
 def test_the_tables_of_searches_are_those_of_their_records():
