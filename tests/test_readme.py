@@ -44,6 +44,9 @@ def test_every_flag_exists():
         known |= set(build_parser(config_class, "")._option_string_actions)
     for command in ("compare", "evaluate", "report", "predict"):
         known |= set(parser_of(command)._option_string_actions)
+    (commands,) = parser_of("hub")._subparsers._group_actions
+    for parser in commands.choices.values():
+        known |= set(parser._option_string_actions)
     others = {
         "--num_processes",
         "--standalone",
