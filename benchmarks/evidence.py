@@ -5,7 +5,8 @@ every model's metrics.json, and from results/public.csv, other people's weights.
 
 A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
 row of results/PROTOCOL.md. Rows that begin with dev- are of the development: what they are judged by needs no truth,
-so the published table is not read for them.
+so the published table is not read for them, but their seeds are compared, and some layouts that were trained alone and
+measured on held-out training images: the trial.json of each is in results/alone, named LAYOUT-eEPOCHS.json.
 """
 
 import csv
@@ -20,7 +21,7 @@ from statistics import mean
 from bmsn_zoo import Layout, SearchSpace, benchmark, reference
 from bmsn_zoo.card import gain, over_seeds, percent
 from bmsn_zoo.compare import Quality, agreement, expected_best, markdown, mean_and_deviation, quality
-from bmsn_zoo.results import SearchResult, TrainResult
+from bmsn_zoo.results import SearchResult, TrainResult, TrialResult
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -104,15 +105,38 @@ def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
     return markdown(cells) + "\n"
 
 
-def page(rows: dict[str, dict[int, SearchResult]]) -> str:
+def trained_alone(folder: Path) -> dict[int, dict[Layout, TrialResult]]:
+    """Layouts that were trained alone, by the epochs of each, most first."""
+    lengths: dict[int, dict[Layout, TrialResult]] = defaultdict(dict)
+    for file in sorted(folder.glob("*-e*.json")):
+        result = TrialResult.read(file)
+        lengths[result.epochs][Layout.parse(result.layout)] = result
+    return dict(sorted(lengths.items(), reverse=True))
+
+
+def alone_table(lengths: dict[int, dict[Layout, TrialResult]]) -> str:
+    """Held-out accuracy of layouts trained alone, one column for each number of epochs."""
+    layouts = sorted({layout for found in lengths.values() for layout in found}, key=lambda layout: MACS[layout])
+    cells = [["layout", "10^6", *(f"{epochs} epochs" for epochs in lengths)]]
+    for layout in layouts:
+        told = [percent(found[layout].holdout_accuracy) if layout in found else "-" for found in lengths.values()]
+        cells.append([str(layout), f"{MACS[layout] / 1e6:.1f}", *told])
+    return markdown(cells) + "\n"
+
+
+def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout, TrialResult]]) -> str:
     """results/searches.md."""
     final = {name: row for name, row in rows.items() if not name.startswith("dev-")}
     tried = {name: row for name, row in rows.items() if name.startswith("dev-")}
-    agree = [["row", "n", "recommends", "seeds agree", "10^15"]]
+    longest = next(iter(alone.values()), {})
+    reference_values = {layout: result.holdout_accuracy for layout, result in longest.items()}
+    agree = [["row", "n", "recommends", "seeds agree", "alone", "10^15"]]
     for name, by_seed in tried.items():
         results = list(by_seed.values())
         choices = ", ".join(result.pick("best").layout for result in results)
-        agree.append([name, str(len(results)), choices, agreements(results), how(results[0])])
+        like = [agreement(reference_values, scores(result)) for result in results] if len(longest) > 1 else []
+        agree.append([name, str(len(results)), choices, agreements(results),
+                      mean_and_deviation(like) if like else "-", how(results[0])])  # fmt: skip
     parts = [
         "# Searches on CIFAR-10\n",
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"
@@ -125,8 +149,11 @@ def page(rows: dict[str, dict[int, SearchResult]]) -> str:
         single_runs(final, true=True),
     ]
     if tried:
-        parts += ["## Development\n", "Not read against the published table.\n", markdown(agree) + "\n",
-                  single_runs(tried, true=False)]  # fmt: skip
+        parts += ["## Development\n", "Not read against the published table. alone: tau-b with the layouts below.\n",
+                  markdown(agree) + "\n", single_runs(tried, true=False)]  # fmt: skip
+    if alone:
+        parts += ["## Layouts trained alone\n", "On the weight split, n = 1, measured on the score split.\n",
+                  alone_table(alone)]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -199,7 +226,7 @@ def with_models(readme: str, results: dict[str, TrainResult]) -> str:
 if __name__ == "__main__":
     trained = zoo()
     written = {
-        RESULTS / "searches.md": page(load(RESULTS / "searches")),
+        RESULTS / "searches.md": page(load(RESULTS / "searches"), trained_alone(RESULTS / "alone")),
         RESULTS / "zoo.md": zoo_page(trained),
         ROOT / "README.md": with_models((ROOT / "README.md").read_text(encoding="utf-8"), trained),
     }

@@ -17,7 +17,7 @@ from .export import preparation
 from .files import write_text
 from .layout import Layout
 from .ranking import standard_error, ties
-from .results import Entry, SearchResult, Segment, TrainResult
+from .results import Entry, SearchResult, Segment, TrainResult, TrialResult
 from .search_space import backbone_of
 
 PICTURE = "layout.png"  # of a model folder
@@ -44,7 +44,7 @@ _SCRIPTS = {
     "bmsn-search": "bmsn-search",
 }
 _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")  # a commit on the Hub
-ResultT = TypeVar("ResultT", SearchResult, TrainResult)
+ResultT = TypeVar("ResultT", SearchResult, TrainResult, TrialResult)
 
 
 def write_card(
