@@ -134,9 +134,8 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout,
     for name, by_seed in tried.items():
         results = list(by_seed.values())
         choices = ", ".join(result.pick("best").layout for result in results)
-        like = [agreement(reference_values, scores(result)) for result in results] if len(longest) > 1 else []
-        agree.append([name, str(len(results)), choices, agreements(results),
-                      mean_and_deviation(like) if like else "-", how(results[0])])  # fmt: skip
+        like = mean_and_deviation([agreement(reference_values, scores(result)) for result in results])
+        agree.append([name, str(len(results)), choices, agreements(results), like, how(results[0])])
     parts = [
         "# Searches on CIFAR-10\n",
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"

@@ -163,8 +163,8 @@ def add(
         raise InputError(f"{name} exists already: remove {folder} first, or choose another name")
     require_onnx()
     model, metrics = load_model(source), TrainResult.read(source / "metrics.json")
-    compared = _comparable(metrics, zoo / default) if default else None
-    metrics = _with_repeats(metrics, [Path(one) / "model" for one in repeats])
+    compared = _comparable(metrics, zoo / default, default) if default else None
+    metrics = _with_repeats(metrics, repeats) if repeats else metrics
 
     partial = zoo / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +188,7 @@ def add(
     return folder
 
 
-def _comparable(metrics: TrainResult, folder: Path) -> TrainResult:
+def _comparable(metrics: TrainResult, folder: Path, shown: Path | str) -> TrainResult:
     """Result of another model, if it was trained as this one was: same data, same settings but layout and seed."""
     other = TrainResult.read(folder / "metrics.json")
     mine, theirs = (
@@ -197,20 +197,21 @@ def _comparable(metrics: TrainResult, folder: Path) -> TrainResult:
     )
     differing = [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
     if differing:
-        shown = folder.parent if folder.name == "model" else folder.name
         raise InputError(f"{shown} is not comparable: it was trained with another {', '.join(differing)}")
     return other
 
 
-def _with_repeats(metrics: TrainResult, folders: Sequence[Path]) -> TrainResult:
-    """A result that tells of the same training with other seeds too, whose model folders these are."""
-    found = [metrics]
-    for folder in folders:
+def _with_repeats(metrics: TrainResult, runs: Sequence[Path | str]) -> TrainResult:
+    """A result that tells of the same training with other seeds too, whose run folders these are."""
+    seeds, found = {metrics.seed}, list[Repeat]()
+    for run in runs:
+        folder = Path(run) / "model"
         load_model(folder)  # is whole
-        other = portable(_comparable(metrics, folder))
+        other = portable(_comparable(metrics, folder, run))
         if other.layout != metrics.layout:
-            raise InputError(f"{folder.parent} is no repeat: its layout is {other.layout}, not {metrics.layout}")
-        if twin := next((one for one in found if one.seed == other.seed), None):
-            raise InputError(f"{folder.parent} is no repeat: seed {twin.seed} is there already, give another one")
-        found.append(other)
-    return metrics.model_copy(update={"repeats": [Repeat.of(other) for other in found[1:]]}) if folders else metrics
+            raise InputError(f"{run} is no repeat: its layout is {other.layout}, not {metrics.layout}")
+        if other.seed in seeds:
+            raise InputError(f"{run} is no repeat: seed {other.seed} is there already, give another one")
+        seeds.add(other.seed)
+        found.append(Repeat.of(other))
+    return metrics.model_copy(update={"repeats": found})
