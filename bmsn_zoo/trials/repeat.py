@@ -69,12 +69,14 @@ def retrain(
     if accelerator.num_processes > 1:
         raise InputError("compare starts its own workers: launch one process, and give --jobs")
     trials = [Trial(Layout.parse(one), result.seed + s, length) for s in range(1, seeds + 1) for one in layouts]
+    # the longest first, so that no worker is left with one while the others have nothing to do
+    queue = sorted(trials, key=lambda trial: -result.pick(str(trial.layout)).macs)
 
     def told(trial: Trial, done: TrialResult) -> None:
         _log.info("%s, seed %d: held-out accuracy %.2f %%", trial.layout, trial.seed, 100 * done.holdout_accuracy)
 
     with Runner(config, home, accelerator) as runner:
-        runner.run(trials, told)
+        runner.run(queue, told)
     masks = {
         layout: torch.stack([
             load_tensors(trial_folder(home, trial) / "right.safetensors")["right"].int()
