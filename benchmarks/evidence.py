@@ -117,7 +117,9 @@ def trained_alone(folder: Path) -> dict[int, dict[Layout, TrialResult]]:
 def alone_table(lengths: dict[int, dict[Layout, TrialResult]]) -> str:
     """Held-out accuracy of layouts trained alone, one column for each number of epochs."""
     layouts = sorted({layout for found in lengths.values() for layout in found}, key=lambda layout: MACS[layout])
-    cells = [["layout", "10^6", *(f"{epochs} epochs" for epochs in lengths)]]
+    precision = {epochs: ", ".join(sorted({result.precision for result in found.values()}))
+                 for epochs, found in lengths.items()}  # fmt: skip
+    cells = [["layout", "10^6", *(f"{epochs} epochs, {precision[epochs]}" for epochs in lengths)]]
     for layout in layouts:
         told = [percent(found[layout].holdout_accuracy) if layout in found else "-" for found in lengths.values()]
         cells.append([str(layout), f"{MACS[layout] / 1e6:.1f}", *told])
@@ -128,14 +130,19 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout,
     """results/searches.md."""
     final = {name: row for name, row in rows.items() if not name.startswith("dev-")}
     tried = {name: row for name, row in rows.items() if name.startswith("dev-")}
-    longest = next(iter(alone.values()), {})
-    reference_values = {layout: result.holdout_accuracy for layout, result in longest.items()}
+    accuracy = {epochs: {layout: result.holdout_accuracy for layout, result in found.items()}
+                for epochs, found in alone.items()}  # fmt: skip
+    longest = next(iter(accuracy.values()), {})
     agree = [["row", "n", "recommends", "seeds agree", "alone", "10^15"]]
     for name, by_seed in tried.items():
         results = list(by_seed.values())
         choices = ", ".join(result.pick("best").layout for result in results)
-        like = mean_and_deviation([agreement(reference_values, scores(result)) for result in results])
+        like = mean_and_deviation([agreement(longest, scores(result)) for result in results])
         agree.append([name, str(len(results)), choices, agreements(results), like, how(results[0])])
+    shorter = {f"{epochs} epochs alone": found for epochs, found in list(accuracy.items())[1:]}
+    for name, values in {"multiply-accumulates": MACS, **shorter}.items():
+        both = {layout: longest[layout] for layout in longest if layout in values}
+        agree.append([name, "-", "-", "-", mean_and_deviation([agreement(both, values)]), "-"])
     parts = [
         "# Searches on CIFAR-10\n",
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"
@@ -148,7 +155,8 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout,
         single_runs(final, true=True),
     ]
     if tried:
-        parts += ["## Development\n", "Not read against the published table. alone: tau-b with the layouts below.\n",
+        parts += ["## Development\n", "Not read against the published table. alone: tau-b with the layouts that were\n"
+                  "trained alone for longest, below.\n",
                   markdown(agree) + "\n", single_runs(tried, true=False)]  # fmt: skip
     if alone:
         parts += ["## Layouts trained alone\n", "On the weight split, n = 1, measured on the score split.\n",
