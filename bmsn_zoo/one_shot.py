@@ -89,12 +89,14 @@ class OneShotSearch(SearchBase):
 
     Attributes:
         strategy: learns where to downsample; its `report`, `result`, `state_dict` and `load_state_dict` are used here.
+        scores: whether its steps take images of the score split, too.
         spending: how far the search is; a kind makes it by `count_costs`.
         late: accuracies of the evaluations that the ranking is the mean of, as far as they are done.
         optimizers: those beside the trainers' own, by the names of their files in a checkpoint.
     """
 
     strategy: Any
+    scores = True
     spending: Spending
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
@@ -296,8 +298,8 @@ class OneShotSearch(SearchBase):
         return f"epoch {epoch + 1}, {self.spending.progress(epoch * self.epoch_steps):.0%} of the budget"
 
     @functools.cached_property
-    def _stream(self) -> Iterator[tuple[int, _Batch, _Batch]]:
-        """All steps from this epoch on: augmented images to train on, and plain ones to score on.
+    def _stream(self) -> Iterator[tuple[int, _Batch, _Batch | None]]:
+        """All steps from this epoch on: augmented images to train on, and plain ones to score on, if it scores.
 
         One stream, since workers then read ahead into the next epoch, and the same ones read for both.
         """
@@ -307,10 +309,10 @@ class OneShotSearch(SearchBase):
         found = self.images.batches(order, self.device, augment)
         batches = ((normalise(images, data.mean, data.std), labels) for images, labels in found)
         steps = itertools.chain.from_iterable(map(self.steps, epochs))
-        return zip(steps, batches, batches, strict=False)
+        return zip(steps, batches, batches if self.scores else itertools.repeat(None), strict=False)
 
     def _order(self, epoch: int, augment: Augmentation) -> Iterator[tuple[np.ndarray, Tensor | None]]:
-        """Positions of the images of an epoch, those to train on and those to score on in turn, and what was drawn."""
+        """Positions of the images of an epoch, those to train on and any to score on in turn, and what was drawn."""
         size, seed, role, steps = self.config.batch_size, self.config.seed, self.role, self.epoch_steps
         crops = augment.draw(steps, size, random_stream(seed, AUGMENT, epoch), role.shard, self.device)
         weight, score = (
@@ -319,7 +321,8 @@ class OneShotSearch(SearchBase):
         )
         for step in range(steps)[role.turns]:
             yield self.halves[0][weight[step]], crops[step]
-            yield self.halves[1][score[step]], None
+            if self.scores:
+                yield self.halves[1][score[step]], None
 
     def _describe_epoch(self, epoch: int, done: float, sums: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `sums` holds losses, accuracies, and the draws of every supernet."""
@@ -330,10 +333,11 @@ class OneShotSearch(SearchBase):
             spending.own = int(self.accelerator.reduce(torch.tensor(spending.own, device=self.device), "sum"))
         spending.paid, spending.own = spending.paid + spending.own, 0
         loss, accuracy, *draws = totals.tolist()
+        measured = "score" if self.scores else "train"
         row: dict[str, object] = {
             "epoch": epoch + 1,
             "loss": loss / sum(draws),
-            "score_accuracy": accuracy / sum(draws),
+            f"{measured}_accuracy": accuracy / sum(draws),
             # by cost, that of a layout whose rate decays linearly
             "lr": self.learning_rate(steps - 1, 1.0 if config.rate_decay == "cost" else None),
             **self.strategy.report(done),
@@ -348,10 +352,8 @@ class OneShotSearch(SearchBase):
             row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
         row["spent_macs"] = spending.spent
         if self.accelerator.is_main_process:
-            percent = 100 * accuracy / sum(draws)
-            progress.tell(
-                f"{self._title(epoch)}: loss {row['loss']:.3f}, score accuracy {percent:.2f} %, {row['seconds']:.0f} s"
-            )
+            shown = f"{measured} accuracy {100 * accuracy / sum(draws):.2f} %"
+            progress.tell(f"{self._title(epoch)}: loss {row['loss']:.3f}, {shown}, {row['seconds']:.0f} s")
         return row
 
     def _evaluate_all(self) -> Tensor:

@@ -133,8 +133,8 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
     epochs = [row.epoch for row in rows]
     steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
-    loss, accuracy = [row.loss for row in rows], [100 * row.score_accuracy for row in rows]
-    lines: dict[str, Any] = {"training loss": {"loss": loss}, "score accuracy, %": {"drawn layouts": accuracy}}
+    loss, accuracy = [row.loss for row in rows], [100 * row.drawn_accuracy for row in rows]
+    lines: dict[str, Any] = {"training loss": {"loss": loss}, "accuracy when drawn, %": {"drawn layouts": accuracy}}
     lines["steps of each supernet"] = steps
     charts = [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows]
     if len(rows) > 1 and result.mixture_size > 1 and all(row.assigned for row in rows):

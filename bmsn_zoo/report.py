@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from .card import PICTURE, percent, ranked_rows
 from .command import run_command
@@ -46,7 +46,7 @@ class _Epoch(BaseModel):
 
 
 class _SearchEpoch(_Epoch):
-    score_accuracy: Number
+    drawn_accuracy: Number = Field(validation_alias=AliasChoices("score_accuracy", "train_accuracy"))
     draws: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Field(min_length=1, max_length=1024)]
     assigned: Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(max_length=MAX_LAYOUTS)] = []
 
@@ -120,8 +120,8 @@ def draw_search_curves(result: SearchResult, folder: Path) -> "Figure":
     rows, figure = _epochs(folder, _SearchEpoch), _figure(9, 3.2)
     loss, accuracy, draws = figure.subplots(1, 3)
     _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
-    scores = [100 * row.score_accuracy for row in rows]
-    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=scores)
+    drawn = [100 * row.drawn_accuracy for row in rows]
+    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=drawn)
     if len({len(row.draws) for row in rows}) > 1:
         raise InputError(f"{folder / 'metrics.jsonl'} counts the steps of other supernets in some lines")
     steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}

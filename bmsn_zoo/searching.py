@@ -81,12 +81,13 @@ class _Search(OneShotSearch):
         config = self.config  # as the images complete it
         self.strategy = create_strategy(self.space, config)
         self.splits = getattr(self.strategy, "splits", lambda done: False)
-        self.scored = list(self.mixture.supernets) if self.strategy.scores_all else None
+        self.scores = self.strategy.scoring != "none"
+        self.scored = list(self.mixture.supernets) if self.strategy.scoring == "all" else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
-        # multiply-accumulates of a step: training costs three forwards, scoring one
+        # multiply-accumulates of a step: training costs three forwards, a scoring one
         macs = [self.space.macs(layout, self.source.image_size, config.in_chans) for layout in self.space]
-        scorings = len(self.scored) if self.scored else 1
+        scorings = len(self.scored) if self.scored else int(self.scores)
         self.costs = [(3 + scorings) * config.batch_size * one for one in macs]
         self.count_costs(self.costs)
         # with rates by cost, each quarter of the layouts moves the same weights with momentum of its own
@@ -136,10 +137,10 @@ class _Search(OneShotSearch):
                 last = step == steps[-1] or spending.over(step + 1)
                 for (done, drawn), (loss, *accuracies) in lag.push((step, draw), values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
-                    self.strategy.update(drawn, accuracies)
+                    self.strategy.update(drawn, accuracies if self.scores else [])
                     accuracy = accuracies[drawn.supernet if self.scored else 0]
                     sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
-                    bar.show(f"loss {loss:.3f}, scored {100 * accuracy:.1f} %")
+                    bar.show(f"loss {loss:.3f}, {'scored' if self.scores else 'accuracy'} {100 * accuracy:.1f} %")
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
                 if last:

@@ -14,7 +14,7 @@ _LATE = 0.25  # share of a budget at whose end the evaluations lie that a rankin
 class Spending:
     """How far a search is, and what it has spent.
 
-    Training costs three times a forward, scoring one. A search ends after its epochs, or, with `budget`, before a step
+    Training costs three forwards, a scoring one. A search ends after its epochs, or, with `budget`, before a step
     of the dearest layout would no longer be paid for; its schedules run over its steps, or, with a budget, over what
     they cost. What the evaluations need that its ranking comes from is put aside.
 

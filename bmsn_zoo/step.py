@@ -29,7 +29,7 @@ def train_and_score(
     trainer: Trainer,
     layout: Layout,
     batch: tuple[Tensor, Tensor],
-    score_batch: tuple[Tensor, Tensor],
+    score_batch: tuple[Tensor, Tensor] | None,
     accelerator: Accelerator,
     scored: Sequence[PoolingResNet] | None = None,
 ) -> Tensor:
@@ -39,22 +39,28 @@ def train_and_score(
         trainer: changed by one optimizer step.
         layout: of this step.
         batch: normalised images (B, C, H, W) and labels (B,) to train on, on the device.
-        score_batch: the same to score on.
+        score_batch: the same to score on; None where no score is asked for.
         accelerator: of this process.
         scored: the supernets to score with this layout, before the step, from which the trained one alone would gain;
             that one after its step if None.
 
     Returns:
-        cross-entropy in nats, then the score accuracy of each scored supernet, a fraction, as one tensor on the device.
+        cross-entropy in nats, then the score accuracy of each scored supernet, a fraction, as one tensor on the device;
+        without scores, the accuracy on the batch itself, before the step.
     """
     trainer.supernet.set_layout(layout)
-    accuracies = _score(scored, layout, score_batch) if scored else []
+    accuracies = _score(scored, layout, score_batch) if scored and score_batch else []
     images, labels = batch
-    loss = nn.functional.cross_entropy(trainer.network(images), labels)
+    logits = trainer.network(images)
+    loss = nn.functional.cross_entropy(logits, labels)
     accelerator.backward(loss)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    return torch.stack([loss.detach(), *(accuracies or _score([trainer.supernet], layout, score_batch))])
+    if score_batch is None:
+        accuracies = [_accuracy(logits, labels)]
+    elif not scored:
+        accuracies = _score([trainer.supernet], layout, score_batch)
+    return torch.stack([loss.detach(), *accuracies])
 
 
 @torch.no_grad()
@@ -63,7 +69,11 @@ def _score(supernets: Sequence[PoolingResNet], layout: Layout, batch: tuple[Tens
     images, labels = batch
     for supernet in supernets:
         supernet.set_layout(layout)
-    return [(supernet(images).argmax(1) == labels).float().mean() for supernet in supernets]
+    return [_accuracy(supernet(images), labels) for supernet in supernets]
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()
 
 
 class Lag(Generic[T]):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from .errors import InputError, first_line
 
 _PROJECT = "bmsn_zoo"
+_BY_COST = ("loss", "score_accuracy", "train_accuracy")
 
 
 def check_tracker(name: str | None) -> None:
@@ -82,7 +83,7 @@ class Curves:
         values = _numbers(row)
         self._accelerator.log(values, step=self._told)
         if "spent_macs" in row:
-            by_cost = {f"by_spent_gmacs/{key}": values[key] for key in ("loss", "score_accuracy") if key in values}
+            by_cost = {f"by_spent_gmacs/{key}": values[key] for key in _BY_COST if key in values}
             for tracker in self._accelerator.trackers:
                 if tracker.name == "tensorboard" and by_cost:
                     tracker.log(by_cost, step=row["spent_macs"] // 10**9)

@@ -162,3 +162,19 @@ def test_quarters_are_of_equal_size_and_ordered_by_cost():
             m for m, of in zip(MACS, quarters, strict=True) if of == q + 1
         )
     assert cost_quarters([5, 3]) == [2, 0]
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "balanced", "boltzmann"])
+def test_a_search_pays_for_scores_only_where_something_learns_from_them(strategy, image_folder, tmp_path):
+    settings = ["--dataset", str(image_folder), "--mixture-size", "1", "--mixed-precision", "no", "--threads", "1"]
+    settings += ["--batch-size", "16", "--epochs", "2", "--confirm", "0", "--strategy", strategy, "--no-latency"]
+    settings += ["--max-macs", str(MACS[0]), "--default-layout", str(SPACE[0]), "--output", str(tmp_path / "run")]
+    assert search_module.main(settings) == 0
+    result = json.loads((tmp_path / "run" / "search.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = strategy == "boltzmann"
+    step = (3 + scored) * 16 * MACS[0]
+    assert [row["spent_macs"] for row in rows] == [2 * step, 4 * step], "32 images train in two steps"
+    assert all(("score_accuracy" in row, "train_accuracy" in row) == (scored, not scored) for row in rows)
+    assert ("scores" in result) == scored
+    assert (tmp_path / "run" / "pictures" / "curves.png").is_file()

@@ -48,6 +48,18 @@ def test_all_supernets_are_scored_with_the_layout_of_the_step():
     assert changed == [False, True, False]
 
 
+def test_what_nothing_learns_from_is_not_scored():
+    supernet = timm.create_model("bmsn_resnet20", num_classes=4, searchable=True)
+    trainer = Trainer(supernet, supernet, torch.optim.SGD(supernet.parameters(), lr=0.1))
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(0, 4, (8,))
+    supernet.set_layout("2-2-6")
+    expected = (supernet(images).argmax(1) == labels).float().mean().item()
+    runs = []
+    supernet.register_forward_hook(lambda *_: runs.append(1))
+    _, accuracy = train_and_score(trainer, Layout.parse("2-2-6"), (images, labels), None, Accelerator()).tolist()
+    assert runs == [1] and accuracy == expected, "the accuracy on the batch itself costs nothing"
+
+
 def test_values_arrive_one_step_late_and_all_of_them_at_the_end():
     lag, arrived = Lag[int](), []
     for step in range(4):

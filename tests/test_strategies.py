@@ -163,7 +163,7 @@ def test_owners_exchange_what_they_learned():
 class Alternating:
     """A strategy of one's own: layouts and supernets in turn, every supernet scored."""
 
-    scores_all, own = True, None
+    scoring, own = "all", None
 
     def __init__(self, space, config):
         self.sizes = len(space), config.mixture_size

@@ -11,14 +11,14 @@ from ..assignment import assign, update_score, usage
 from ..config import SearchConfig
 from ..errors import InputError
 from ..search_space import SearchSpace
-from .protocol import Draw
+from .protocol import Draw, Scoring
 from .uniform import step_rng, uniform_index
 
 
 class BalancedMixture:
     """The balanced mixture of supernets (paper, Algorithm 1): uniform over layouts, balanced over supernets.
 
-    With one supernet this is plain single-path one-shot search.
+    With one supernet this is plain single-path one-shot search, in which nothing is scored.
 
     Args:
         space: of L layouts.
@@ -28,12 +28,12 @@ class BalancedMixture:
         scores: smoothed accuracies, float64 tensor of shape (L, M), starting at 1.
     """
 
-    scores_all = False
+    scoring: Scoring
     own: Sequence[int] | None = None
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         self.scores = torch.ones(len(space), config.mixture_size, dtype=torch.float64)
-        self.config = config
+        self.config, self.scoring = config, "drawn" if config.mixture_size > 1 else "none"
         if config.draws == "permutation" and config.parallel == "mixture":
             raise InputError("draws permutation needs all supernets in one process: use --parallel data")
         # of the last draw: from one step to the next it hardly changes, so balancing starts where it ended
@@ -68,7 +68,8 @@ class BalancedMixture:
 
     def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
         """Smooth an accuracy into the score of what was drawn."""
-        update_score(self.scores, draw.layout, draw.supernet, accuracies[0], self.config.score_momentum)
+        for accuracy in accuracies:
+            update_score(self.scores, draw.layout, draw.supernet, accuracy, self.config.score_momentum)
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
         """Take the score columns of all supernets, each from its owner."""
@@ -83,7 +84,9 @@ class BalancedMixture:
         return {"sharpness": self.sharpness(progress), **shown}
 
     def result(self) -> dict[str, Any]:
-        """The assignment at the end of the search and the scores that it comes from, both (L, M)."""
+        """The assignment at the end of the search and the scores that it comes from, (L, M); nothing of one supernet."""
+        if self.scoring == "none":
+            return {}
         return {"assignment_matrix": self.assignment(1.0).tolist(), "scores": self.scores.tolist()}
 
     def state_dict(self) -> dict[str, Tensor]:

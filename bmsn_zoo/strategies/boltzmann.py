@@ -8,7 +8,7 @@ import numpy as np
 from ..assignment import update_score
 from ..config import SearchConfig
 from ..search_space import SearchSpace
-from .protocol import Draw
+from .protocol import Draw, Scoring
 from .uniform import Uniform, step_rng
 
 
@@ -25,6 +25,8 @@ class Boltzmann(Uniform):
     Attributes:
         state: of `Uniform`; scores (L, M), smoothed accuracies that start at 1.
     """
+
+    scoring: Scoring = "drawn"
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         super().__init__(space, config)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import SearchConfig
 from ..search_space import SearchSpace
-from .protocol import Draw
+from .protocol import Draw, Scoring
 from .uniform import Uniform, step_rng
 
 
@@ -26,6 +26,8 @@ class TreeSearch(Uniform):
     Attributes:
         state: of `Uniform`; visits and values (Q) of every node, (nodes, M), the root being node 0.
     """
+
+    scoring: Scoring = "drawn"
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         super().__init__(space, config)

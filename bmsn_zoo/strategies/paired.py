@@ -39,12 +39,11 @@ class PairedMixture(BalancedMixture):
         scores: smoothed accuracies, float64 tensor of shape (L, M).
     """
 
-    scores_all = True
-
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         super().__init__(space, config)
         if config.mixture_size < 2:
             raise InputError("scores pairs compare supernets: give a mixture-size of 2 or more, or scores batch")
+        self.scoring = "all"
         # for each layout: observations n, variance factor q, variance u
         self._evidence = torch.zeros(len(space), 3, dtype=torch.float64)
 

@@ -1,7 +1,7 @@
 """What the search loop asks of a strategy; it knows nothing else of one."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,18 +13,22 @@ class Draw(NamedTuple):
     supernet: int
 
 
+Scoring = Literal["none", "drawn", "all"]
+
+
 class Strategy(Protocol):
     """Who is trained next; with the same seed, steps and accuracies it draws the same on every process.
 
     Attributes:
-        scores_all: whether every supernet is scored with the drawn layout, on the same images, not the drawn one alone.
+        scoring: what a step measures on images of the score split, with the drawn layout: nothing, a quarter cheaper;
+            the drawn supernet, after its step; or all supernets on the same images, before it.
         own: the supernet that alone says in the end how good each layout is; None if that is the best of all.
 
     A strategy may also have `split_at`, the progress where its search begins anew, and `splits(progress)`, true once
     from there on: then all supernets become copies of the first one, and learning rates start again.
     """
 
-    scores_all: bool
+    scoring: Scoring
     own: Sequence[int] | None
 
     def draw(self, step: int, progress: float, owned: range) -> Draw:
@@ -32,7 +36,7 @@ class Strategy(Protocol):
         ...
 
     def update(self, draw: Draw, accuracies: Sequence[float]) -> None:
-        """Learn the score-split accuracy, a fraction, of what was drawn; of every supernet if it `scores_all`."""
+        """Learn the accuracies that `scoring` asks for, fractions: none, of what was drawn, or of every supernet."""
         ...
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import SearchConfig
 from ..search_space import SearchSpace
-from .protocol import Draw
+from .protocol import Draw, Scoring
 
 
 def step_rng(config: SearchConfig, step: int) -> np.random.Generator:
@@ -41,7 +41,7 @@ class Uniform:
             one learn.
     """
 
-    scores_all = False
+    scoring: Scoring = "none"
     own: Sequence[int] | None = None
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
