@@ -84,7 +84,7 @@ class BalancedMixture:
         return {"sharpness": self.sharpness(progress), **shown}
 
     def result(self) -> dict[str, Any]:
-        """The assignment at the end of the search and the scores that it comes from, (L, M); nothing of one supernet."""
+        """The assignment at the end of the search and the scores that it comes from, (L, M), if M > 1."""
         if self.scoring == "none":
             return {}
         return {"assignment_matrix": self.assignment(1.0).tolist(), "scores": self.scores.tolist()}
