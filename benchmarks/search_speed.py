@@ -32,7 +32,7 @@ from network import DefaultNetwork
 from ways import OURS, PLAIN, Way, Ways
 
 from bmsn_zoo import runtime
-from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.config import SearchConfig, load_recipe
 from bmsn_zoo.data import DataSource
 from bmsn_zoo.files import write_json
 
@@ -118,6 +118,7 @@ def search_process(
         output = Path(folder) / "run"
         arguments = ["--dataset", config.dataset, "--mixed-precision", config.mixed_precision, "--output", str(output)]
         arguments += ["--label-column", config.label_column] if config.label_column else []
+        arguments += ["--batch-size", str(config.batch_size)]
         subprocess.run(
             [*launcher, str(root / "search.py"), *arguments, *extra],
             check=True,
@@ -163,7 +164,7 @@ def against(config: SearchConfig, repeats: int, other: Path) -> dict[str, dict[s
     """Another checkout's real searches and ours, in turn: seconds of a step, and of evaluating and saving."""
 
     def measure(root: Path) -> dict[str, float]:
-        settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2", "--batch-size", "128"]
+        settings = ["--limit", str(config.limit), "--epochs", "3", "--mixture-size", "2"]
         known = (root / "bmsn_zoo" / "config.py").read_text(encoding="utf-8")
         for name, flags in {"confirm": ["--confirm", "0"], "latency": ["--no-latency"]}.items():
             settings += flags if f"\n    {name}: " in known else []  # neither is evaluating
@@ -195,12 +196,9 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout, whose searches are timed in turn with ours")
     parser.add_argument("--output", type=Path, help="results as JSON; parts that it holds already are kept")
     options = parser.parse_args()
-    config = SearchConfig(
-        dataset=options.dataset,
-        label_column=options.label_column,
-        limit=options.images,
-        mixed_precision=options.mixed_precision,
-    )
+    published = load_recipe("cifar10-resnet20-published", SearchConfig)
+    about = {"dataset": options.dataset, "label_column": options.label_column, "limit": options.images}
+    config = SearchConfig(**{**published, **about, "mixed_precision": options.mixed_precision})
     accelerator = runtime.start(config)
     ways = Ways(config, accelerator)
     process = ProcessPoolExecutor(

@@ -20,6 +20,8 @@ LICENSE = "[a-z0-9][a-z0-9.+-]{0,60}"  # as the Hub writes them
 _LIMIT = re.compile(r"default|\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?x?")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
 ALONE = ("random", "halving", "evolution", "brute-force")  # strategies that train layouts alone, for `epochs` each
+_SEVERAL = ("fixed", "few-shot")  # those that are nothing with one supernet
+_EVEN = ("darts", "gaea")  # those whose steps all cost the same
 MAX_LAYOUTS = 20_000  # of a search space
 FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -178,7 +180,7 @@ def _fault(config_class: type[DataConfig], error: ValidationError) -> str:
 
 
 class SearchConfig(DataConfig):
-    """Settings of a search; the defaults are the paper's for ResNet20 on CIFAR-10, but for epochs and opt."""
+    """Settings of a search; results/PROTOCOL.md tells how the defaults were chosen."""
 
     default_layout: str | None = setting(
         None, "layout to compare with, which also sets the number of scales; the model's own"
@@ -224,9 +226,10 @@ class SearchConfig(DataConfig):
     confirm_epochs: int | None = setting(
         None, "epochs of each of these; as many as make all of them train as long as the search did", 1
     )
-    draws: str = setting(
-        "random",
-        "layouts that are drawn uniformly: random, or permutation, every layout once before any again",
+    draws: str | None = setting(
+        None,
+        "layouts that are drawn uniformly: permutation, every layout once before any again, or random; permutation if "
+        "not given, but random by --parallel mixture",
         choices=("random", "permutation"),
     )
     uniform_share: float = setting(0.4, "boltzmann, mcts, few-shot: share of the search that draws uniformly", 0, 1)
@@ -245,7 +248,13 @@ class SearchConfig(DataConfig):
         "or at random; they are shared if not given, and by unshared at random",
         choices=("shared", "same", "random"),
     )
-    mixture_size: int = setting(4, "supernets, M; 1 is plain one-shot search; fewer for few images", 1, 1024)
+    mixture_size: int = setting(
+        1,
+        "supernets, M; 1 is one-shot search; where it is not given, fixed, few-shot and scores in pairs have 2, from "
+        "20,000 images on 4, and --parallel mixture one for each process",
+        1,
+        1024,
+    )
     epochs: int | None = setting(
         30, "passes over the weight split in all, so each supernet gets 1/M of them; more for few images", 1
     )
@@ -255,7 +264,9 @@ class SearchConfig(DataConfig):
         "where layouts are trained alone, each for its epochs, no training begins that would exceed it",
         1,
     )
-    batch_size: int = setting(128, "images of one step, over all processes; smaller for few images", 2)
+    batch_size: int = setting(
+        32, "images of one step, over all processes; smaller for few images, more for three processes and more", 2
+    )
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
     evaluate_every: int = setting(
         0, "evaluate all layouts after every so many epochs, not only at the end; 0 is off", 0
@@ -263,13 +274,14 @@ class SearchConfig(DataConfig):
     evaluate_last: int = setting(
         1, "rank by the mean of so many evaluations: after each of the last epochs, or late in a budget", 1, 100
     )
-    opt: str = setting("sgd", "timm optimizer; sgd is Nesterov's, momentum is plain")
-    lr: float = setting(0.1, "learning rate at the start", 0)
-    min_lr: float = setting(0.001, "learning rate at the end of its cosine decay", 0)
+    opt: str = setting("momentum", "timm optimizer; momentum is plain, sgd is Nesterov's")
+    lr: float = setting(0.05, "learning rate at the start", 0)
+    min_lr: float = setting(0.0, "learning rate at the end", 0)
     warmup_epochs: int = setting(0, "epochs of linear warm-up", 0)
-    rate_decay: str = setting(
-        "schedule",
-        "schedule: the cosine; cost: a power of the way left for each layout, with momentum for each quarter of them",
+    rate_decay: str | None = setting(
+        None,
+        "cost: a power of the way left for each layout, with momentum for each quarter of them; schedule: a cosine; "
+        "cost if not given, but schedule where all steps cost the same (darts, gaea)",
         choices=("schedule", "cost"),
     )
     gamma_cheap: float = setting(4.0, "that power for the cheapest layout, which learns fast", 0, 100)
@@ -317,19 +329,24 @@ class SearchConfig(DataConfig):
             raise InputError("confirm 1 leaves the default layout alone: give 2 or more, or 0")
 
 
-def fit_to_images(config: SearchConfig, images: int) -> SearchConfig:
+def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> SearchConfig:
     """A search's settings, those that were not given chosen for its number of training images, half of which train.
 
-    - batch_size: the largest power of two that makes 4 steps of that half, between 8 and 128;
-    - mixture_size: 4 from 20,000 images on, 2 from 2,000 on, else 1;
+    - batch_size: the largest power of two that makes 4 steps of that half, from 8 to 32, or to 16 for each process;
+    - mixture_size: 1; where supernets share the layouts in any case 4 from 20,000 images on, else 2; one a process if
+      each has its own;
+    - draws, rate_decay: as their help says;
     - epochs: 30, or as many, at most 300, as give every supernet `FEW_STEPS`; none with a budget, but of layouts alone.
 
-    So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 1 supernet, batches of 32 and 100 epochs.
+    So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 100 epochs.
     """
     half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
+    several, apart = config.strategy in _SEVERAL or config.scores == "pairs", config.parallel == "mixture"
     chosen: dict[str, Any] = {
-        "batch_size": _fitting_batch(half, 4),
-        "mixture_size": 4 if images >= 20_000 else 1 + (images >= 2000),
+        "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes)),
+        "mixture_size": processes if apart else 1 if not several else 4 if images >= 20_000 else 2,
+        "draws": "random" if apart else "permutation",
+        "rate_decay": "schedule" if config.strategy in _EVEN else "cost",
     }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))
@@ -352,15 +369,15 @@ def fit_training(config: "TrainConfig", images: int) -> "TrainConfig":
     So from 1,024 images on the batches are those of `TrainConfig`, and 300 photos have batches of 32 and 56 epochs.
     """
     given = config.model_fields_set
-    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8)
+    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8, 128)
     enough = math.ceil(FEW_STEPS / max(1, images // batch))
     epochs = config.epochs if "epochs" in given else max(30, min(300, enough))
     return TrainConfig(**{**config.as_dict(), "batch_size": batch, "epochs": epochs})
 
 
-def _fitting_batch(images: int, steps: int) -> int:
-    """The largest power of two that makes so many steps of the images, between 8 and 128; less for fewer images."""
-    return 2 ** min(max(3, (images // steps).bit_length() - 1), max(1, images.bit_length() - 1), 7)
+def _fitting_batch(images: int, steps: int, most: int) -> int:
+    """The largest power of two that makes so many steps of the images, from 8 to `most`; less for fewer images."""
+    return 2 ** min(max(3, (images // steps).bit_length() - 1), max(1, images.bit_length() - 1), most.bit_length() - 1)
 
 
 def sharing_of(settings: Mapping[str, Any]) -> str:

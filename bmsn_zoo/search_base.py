@@ -50,7 +50,7 @@ class SearchBase:
             self.data = self.source.train()
         if accelerator.is_main_process:
             _log.info(self.source.summary())
-        self.config = fit_to_images(config, len(self.data.images))
+        self.config = fit_to_images(config, len(self.data.images), accelerator.num_processes)
         labels, what = self.data.images.labels.numpy(), "a weight split and a score split"
         self.halves = stratified_split(labels, 0.5, config.seed, what, self.data.label_names)
         if config.max_latency is not None:

@@ -170,7 +170,7 @@ def recipe(tmp_path):
 def test_recipes_like_others_and_their_small_variants(data, model):
     whole, small = (load_recipe(f"{data}-{model}{end}", SearchConfig) for end in ("", "-small"))
     assert whole["dataset"] == f"uoft-cs/{data}" and ("label_column" in whole) == (data == "cifar100")
-    assert small["limit"] < 5000 and small["epochs"] <= 10 and small["max_sharpness"] == whole["max_sharpness"]
+    assert small["limit"] < 5000 and small["epochs"] <= 10 and small["opt"] == whole["opt"]
     other = load_recipe(f"cifar10-{model}", SearchConfig)
     assert {key: whole[key] for key in other.keys() - {"dataset", "recipe"}} == {
         key: other[key] for key in other.keys() - {"dataset", "recipe"}
@@ -209,8 +209,9 @@ def test_recipes_that_the_readme_and_the_defaults_need_are_shipped():
 
 
 def test_published_settings_of_cifar10():
-    config = build_config(SearchConfig, load_recipe("cifar10-resnet20", SearchConfig))
+    config = build_config(SearchConfig, load_recipe("cifar10-resnet20-published", SearchConfig))
     expected = dict(
+        strategy="balanced", scores="batch", draws="random", rate_decay="schedule", warmup_epochs=0,
         epochs=400, mixture_size=4, batch_size=128, lr=0.1, min_lr=0.001, momentum=0.9, weight_decay=0.0,
         max_sharpness=100, score_momentum=0.9, crop_padding=4, flip=True, opt="momentum",
     )  # fmt: skip
@@ -307,7 +308,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(command, rec
     config = command("--recipe", file, "--epochs", "2", "--no-flip", "--limit", "100")
     assert (config.epochs, config.flip, config.limit) == (2, False, 100)
     assert (config.seed, config.lr, config.dataset, config.recipe) == (7, 0.5, "some/set", file)
-    assert (config.batch_size, config.mixture_size) == (128, 4)
+    assert (config.batch_size, config.mixture_size) == (32, 1)
 
 
 def test_no_arguments_are_the_small_recipe(command):
@@ -439,14 +440,16 @@ def test_new_run_needs_a_folder_of_its_own(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("images", "given", "expected"),
     [
-        (50_000, {}, (4, 128, 30)),
+        (50_000, {}, (1, 32, 30)),
+        (50_000, {"scores": "pairs"}, (4, 32, 30)),
+        (5000, {"strategy": "few-shot"}, (2, 32, 30)),
         (363, {}, (1, 32, 100)),
         (363, {"mixture_size": 2}, (2, 32, 200)),
         (363, {"batch_size": 64, "epochs": 7}, (1, 64, 7)),
         (363, {"budget": 1e12}, (1, 32, None)),
         (1437, {"mixture_size": 2, "epochs": 20, "batch_size": 64}, (2, 64, 20)),
-        (5000, {}, (2, 128, 53)),
-        (1_200_000, {}, (4, 128, 30)),
+        (5000, {}, (1, 32, 30)),
+        (1_200_000, {}, (1, 32, 30)),
         (9, {}, (1, 4, 300)),
         (2, {}, (1, 2, 300)),
     ],
@@ -458,6 +461,22 @@ def test_settings_that_are_not_given_fit_the_number_of_images(images, given, exp
     assert fit_to_images(config, 10**6) == config, "what was chosen is kept when a run is resumed"
     supernet_steps = (images // 2 // config.batch_size) * (config.epochs or 500) // config.mixture_size
     assert supernet_steps >= 500 or config.epochs in (300, *given.values())
+
+
+def test_a_search_by_several_processes_has_enough_images_and_supernets_for_each():
+    data, mixture = SearchConfig(), SearchConfig(parallel="mixture")
+    assert [fit_to_images(data, 50_000, processes).batch_size for processes in (1, 2, 4, 8)] == [32, 32, 64, 128]
+    chosen = fit_to_images(mixture, 50_000, 4)
+    assert (chosen.batch_size, chosen.mixture_size, chosen.draws) == (32, 4, "random"), "which draws for its own alone"
+
+
+def test_what_serves_layouts_fairly_is_on_where_it_can_be():
+    settings = {"": ("permutation", "cost"), "darts": ("permutation", "schedule"), "mcts": ("permutation", "cost")}
+    for strategy, expected in settings.items():
+        chosen = fit_to_images(SearchConfig(**({"strategy": strategy} if strategy else {})), 1000)
+        assert (chosen.draws, chosen.rate_decay) == expected
+    given = fit_to_images(SearchConfig(draws="random", rate_decay="schedule"), 1000)
+    assert (given.draws, given.rate_decay) == ("random", "schedule")
 
 
 def test_trainings_of_few_images_have_smaller_batches_and_more_epochs():

@@ -245,7 +245,7 @@ def test_resume_refuses_other_settings_but_takes_another_environment(image_folde
         with pytest.raises(KeyboardInterrupt):
             search_module.main(settings)
     assert search_module.main([*settings, "--resume", "--lr", "0.2"]) == 2
-    assert "lr 0.1 (now 0.2)" in capsys.readouterr().err
+    assert "lr 0.05 (now 0.2)" in capsys.readouterr().err
     assert search_module.main(["--output", str(output), "--resume", "--threads", "2"]) == 0
     segments = json.loads((output / "search.json").read_text())["segments"]
     assert [segment["threads"] for segment in segments] == [1, 2]

@@ -421,7 +421,8 @@ def test_a_split_copies_the_first_supernet_and_starts_rates_anew(image_folder, t
     monkeypatch.setattr(search._Search, "_copy_first", watch)
     monkeypatch.setattr(search, "set_learning_rate", noted)
     settings = ["--dataset", str(image_folder), "--batch-size", "4", "--mixture-size", "2", "--epochs", "1"]
-    settings += ["--default-layout", "5-5", "--mixed-precision", "no", "--uniform-share", "0.5", "--strategy"]
+    settings += ["--default-layout", "5-5", "--mixed-precision", "no", "--uniform-share", "0.5"]
+    settings += ["--rate-decay", "schedule", "--lr", "0.1", "--min-lr", "0.001", "--strategy"]
     assert search.main([*settings, "few-shot", "--output", str(tmp_path / "run")]) == 0
     (weights,) = seen
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

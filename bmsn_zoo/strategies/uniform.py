@@ -23,7 +23,7 @@ def uniform_index(config: SearchConfig, count: int, turn: int, rng: np.random.Ge
     Args:
         turn: of this process, from 0; rounds need nothing else, so that no state has to be saved.
     """
-    if config.draws == "random":
+    if config.draws != "permutation":
         return int(rng.integers(count))
     cycle, place = divmod(turn, count)
     return int(np.random.default_rng((config.seed, cycle, 7)).permutation(count)[place])
@@ -56,7 +56,7 @@ class Uniform:
         """Draw uniformly; in rounds, supernets take turns at a layout, those of one round evenly."""
         rng, turn = step_rng(self.config, step), step * len(owned) // self.config.mixture_size
         layout = uniform_index(self.config, len(self.space), turn, rng)
-        if self.config.draws == "random":
+        if self.config.draws != "permutation":
             return Draw(layout, owned[int(rng.integers(len(owned)))])
         shuffled = np.random.default_rng((self.config.seed, 0, 8)).permutation(len(self.space))
         return Draw(layout, owned[(int(shuffled[layout]) + turn // len(self.space)) % len(owned)])
