@@ -226,6 +226,12 @@ class SearchConfig(DataConfig):
     confirm_epochs: int | None = setting(
         None, "epochs of each of these; as many as make all of them train as long as the search did", 1
     )
+    confirm_from: str | None = setting(
+        None,
+        "weights that each of these starts from: its supernet's, or scratch; its supernet's if not given, but scratch "
+        "where resolutions have weights of their own, or were mixed (darts, gaea)",
+        choices=("supernet", "scratch"),
+    )
     draws: str | None = setting(
         None,
         "layouts that are drawn uniformly: permutation, every layout once before any again, or random; permutation if "
@@ -335,18 +341,20 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
     - batch_size: the largest power of two that makes 4 steps of that half, from 8 to 32, or to 16 for each process;
     - mixture_size: 1; where supernets share the layouts in any case 4 from 20,000 images on, else 2; one a process if
       each has its own;
-    - draws, rate_decay: as their help says;
+    - draws, rate_decay, confirm_from: as their help says;
     - epochs: 30, or as many, at most 300, as give every supernet `FEW_STEPS`; none with a budget, but of layouts alone.
 
     So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 100 epochs.
     """
     half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
     several, apart = config.strategy in _SEVERAL or config.scores == "pairs", config.parallel == "mixture"
+    sharing = sharing_of(config.settings())
     chosen: dict[str, Any] = {
         "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes)),
         "mixture_size": processes if apart else 1 if not several else 4 if images >= 20_000 else 2,
         "draws": "random" if apart else "permutation",
         "rate_decay": "schedule" if config.strategy in _EVEN else "cost",
+        "confirm_from": "supernet" if sharing == "shared" and config.strategy not in _EVEN else "scratch",
     }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))

@@ -117,6 +117,10 @@ class OneShotSearch(SearchBase):
         # M supernets, each with an optimizer of its own
         classes = len(self.data.label_names)
         sharing = sharing_of(config.settings())
+        if sharing != "shared" and config.confirm_from == "supernet":
+            raise InputError(
+                f"confirm-from supernet: by sharing {sharing} resolutions have weights of their own: use scratch"
+            )
         if sharing == "shared":
             if config.strategy == "unshared":
                 raise InputError("sharing shared is not what strategy unshared does: use --strategy uniform")
@@ -261,11 +265,15 @@ class OneShotSearch(SearchBase):
 
     def finish(self, epochs: int) -> None:
         """The last evaluation of a search of so many epochs, the confirmation of its choices, and its result."""
-        config, confirmed = self.config, None
+        config, confirmed, mixture = self.config, None, self.mixture
         self.evaluate_late(config.evaluate_last)
+        for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
+            path = self.folder.checkpoint(epochs) / f"supernet-{m}.safetensors"
+            load_training_state(path, mixture.supernets[m])
         found = self.rank(torch.stack(self.late).mean(0))
         if config.confirm and found.default:
-            confirmed = confirm(found, config, self._confirm_epochs(epochs), self.folder.path, self.accelerator)
+            length, nets = self._confirm_epochs(epochs), self.mixture.supernets
+            confirmed = confirm(found, config, length, self.folder.path, self.accelerator, nets)
         elif config.confirm and self.accelerator.is_main_process:
             _log.warning("nothing is confirmed: the default layout %s was not searched", self.space.default_layout)
         if self.accelerator.is_main_process:
@@ -377,8 +385,6 @@ class OneShotSearch(SearchBase):
     def _write_result(self, found: Ranking, confirmed: Confirmation | None, epochs: int) -> None:
         """Write search.json and what belongs to it."""
         mixture, folder = self.mixture, self.folder
-        for m in set(range(len(mixture))) - set(self.role.owned):  # the other owners' last checkpoints are theirs
-            load_training_state(folder.checkpoint(epochs) / f"supernet-{m}.safetensors", mixture.supernets[m])
         save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
         said = self.strategy.result()
         if len(self.late) > 1:

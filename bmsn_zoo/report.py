@@ -329,7 +329,8 @@ def print_search(folder: Path) -> None:
 
 def confirmation_table(confirmed: Confirmation) -> str:
     """The choices of a search that were trained alone, as a text table, and what they show."""
-    lines = [f"{len(confirmed.choices)} of them trained alone for {confirmed.epochs} epochs (the same score images):"]
+    choices, epochs = len(confirmed.choices), confirmed.epochs
+    lines = [f"{choices} of them trained alone, {confirmed.start}, for {epochs} epochs (the same score images):"]
     for choice in confirmed.choices:
         error = standard_error(choice.accuracy, choice.images)
         tested = "default" if choice.p_value is None else f"p = {choice.p_value:.2g}"

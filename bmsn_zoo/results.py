@@ -458,6 +458,7 @@ class Confirmation(Record):
         best_within_default_macs: the same among those that cost no more.
         verdict: what that means, in a line.
         epochs: of each, by a schedule of that length.
+        from_supernet: whether each began with the weights of the supernet that ranked it, instead of from scratch.
         spent_macs: multiply-accumulates of all of it.
     """
 
@@ -467,8 +468,14 @@ class Confirmation(Record):
     best_within_default_macs: LayoutText
     verdict: Annotated[str, Field(max_length=300)]
     epochs: Annotated[int, Field(ge=1, lt=2**63)]
+    from_supernet: bool = False
     seed: Count
     spent_macs: Count
+
+    @property
+    def start(self) -> str:
+        """Where its trainings began, in words."""
+        return "from the weights of its supernet" if self.from_supernet else "from scratch"
 
     @classmethod
     def of(cls, choices: Iterable[Choice], default: str, **about: Any) -> "Confirmation":
@@ -664,6 +671,7 @@ class TrialResult(Run):
     Attributes:
         holdout_accuracy: on all held-out training images, a fraction; no test accuracy.
         holdout_loss: mean cross-entropy on them, nats.
+        from_supernet: whether it began with the weights of a supernet of its search, instead of as its settings say.
         macs: multiply-accumulates for one image.
         spent_macs: those of the whole training, three times the forward's, and of the evaluation.
     """
@@ -673,6 +681,7 @@ class TrialResult(Run):
     holdout_accuracy: Fraction
     holdout_loss: float
     holdout_images: Annotated[int, Field(ge=1, lt=2**63)]
+    from_supernet: bool = False
     macs: Count
     spent_macs: Count
     train_images: Count

@@ -1,12 +1,12 @@
 """Trained networks whose weights a training starts from: of the zoo, in a folder, or on the Hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.models import adapt_input_conv
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError, first_line
 from .files import one_line, read_json
@@ -79,6 +79,19 @@ def start_from(network: Any, start: Start, label_names: Sequence[str]) -> None:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{shown} does not fit the network: {first_line(error)}") from None
+
+
+def start_from_supernet(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a network the weights of a supernet of its search.
+
+    Its norms are fresh, but for scale and shift where those of the supernet have them.
+
+    Args:
+        network: of the supernet's backbone, classes and channels, with any layout.
+        weights: the supernet's state.
+    """
+    taken = {key: tensor for key, tensor in weights.items() if not key.endswith(_NOT_OF_SUPERNETS)}
+    network.load_state_dict({**network.state_dict(), **taken})
 
 
 def supernet_from(supernet: Any, start: Start | None, label_names: Sequence[str]) -> None:

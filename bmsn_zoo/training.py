@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from .run_folder import (
     save_training_state,
 )
 from .search_space import backbone_of
-from .starts import find_start, start_from
+from .starts import find_start, start_from, start_from_supernet
 from .step import Lag, check_finite
 from .usage import parser_of
 
@@ -77,13 +77,19 @@ _INHERITED = [
 ]  # from the search of the layout
 
 
-def train(config: TrainConfig, output: Path | None = None, resume: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    output: Path | None = None,
+    resume: bool = False,
+    supernet: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Train one layout on all training images, then evaluate the test images once; or see `measure`.
 
     Args:
         config: see `TrainConfig`; `layout` is what is trained, from scratch if no start is named.
         output: folder of the run; a new one under runs/ if None.
         resume: continue the run in `output` after its last whole epoch.
+        supernet: state of one to start from, for a choice of a search.
 
     Returns:
         the folder, which holds `model/`, `metrics.json`, the metrics of every epoch and pictures; or, if it is
@@ -94,7 +100,7 @@ def train(config: TrainConfig, output: Path | None = None, resume: bool = False)
     """
     accelerator = runtime.start(config, last_precision(output) if output and resume else None)
     with open_run("train", output, resume, run_name(config)) as folder:
-        Training(config, folder, accelerator).run()
+        Training(config, folder, accelerator, supernet).run()
     return folder.path
 
 
@@ -110,9 +116,15 @@ def try_training(config: TrainConfig) -> Path:
 
 
 class Training:
-    """A training as one of its processes does it."""
+    """A training as one of its processes does it; for `supernet` see `train`."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        supernet: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
         multiple = 2 if config.mixup or config.cutmix else 1
@@ -161,6 +173,9 @@ class Training:
         model = create_network(config, self.layout, self.data, config.pretrained)
         if origin:
             start_from(model, origin, self.data.label_names)
+        self.from_supernet = supernet is not None
+        if supernet is not None:
+            start_from_supernet(model, supernet)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -325,6 +340,7 @@ class Training:
             holdout_accuracy=measured["accuracy"],
             holdout_loss=measured["loss"],
             holdout_images=images,
+            from_supernet=self.from_supernet,
             spent_macs=(3 * trained + images) * about["macs"],
             dataset=DatasetRecord(**self.source.describe(self.data)),
         ).write(folder.path / "trial.json")

@@ -85,7 +85,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             help="train these alone: default,within,best or layouts; the first is compared",
         )
         parser.add_argument("--from-search", type=Path, metavar="RUN_FOLDER", help="search that --layouts are of")
-        parser.add_argument("--epochs", type=int, help="of each of --layouts; those of the confirmation, else 30")
+        parser.add_argument("--epochs", type=int, help="of each of --layouts; 30, more for few images")
         parser.add_argument("--jobs", type=int, help="trainings of --layouts side by side")
         parser.add_argument("--cluster", help="dask cluster that trains --layouts: dask://HOST:PORT")
         parser.add_argument(

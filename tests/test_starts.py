@@ -17,7 +17,7 @@ from bmsn_zoo import training as train_module
 from bmsn_zoo.card import portable, relicense, search_card
 from bmsn_zoo.model_folder import load_model
 from bmsn_zoo.results import SearchResult, TrainResult, TrialResult
-from bmsn_zoo.starts import find_start, start_from
+from bmsn_zoo.starts import find_start, start_from, start_from_supernet
 
 STILL = ["--lr", 0, "--weight-decay", 0]
 LEARNT_WITHOUT_RATE = ("running_", "num_batches", "layout_units")
@@ -220,3 +220,20 @@ def test_starts_of_searches_that_cannot_be_used(trained, image_folder, tmp_path,
         assert run(search_module, *base, *flags) == 2
         assert expected in capfd.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_network_starts_from_a_supernet_with_fresh_norms(affine):
+    supernet = timm.create_model("bmsn_resnet20", num_classes=3, searchable=True)
+    for norm in supernet.modules() if affine else ():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.weight, norm.bias = (torch.nn.Parameter(torch.rand(norm.num_features)) for _ in range(2))
+    supernet.set_layout("1-8-1")
+    network = timm.create_model("bmsn_resnet20", layout="2-3-5", num_classes=3)
+    own = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    start_from_supernet(network, supernet.state_dict())
+    weights, now = supernet.state_dict(), network.state_dict()
+    for key, tensor in now.items():
+        taken = key in weights and not any(part in key for part in LEARNT_WITHOUT_RATE)
+        assert torch.equal(tensor, weights[key] if taken else own[key]), key
+    assert sum(key in weights for key in now) > 20 and str(network.layout) == "2-3-5"

@@ -357,6 +357,42 @@ def test_a_confirmation_that_shows_nothing_keeps_the_default_and_goes_on_where_i
     assert result.confirmed.spent_macs == alone < result.spent_macs
 
 
+@pytest.mark.parametrize("start", [None, "supernet", "scratch"])
+def test_choices_start_from_the_supernet_that_ranked_them_or_from_scratch(start, closed, tmp_path, monkeypatch):
+    given, real, home = [], runner.train, tmp_path / "run"
+
+    def train(config, output, resume, supernet):
+        given.append((config.layout, supernet and {key: tensor.clone() for key, tensor in supernet.items()}))
+        return real(config, output, resume, supernet)
+
+    monkeypatch.setattr(runner, "train", train)
+    flags = ["--dataset", closed, *COMMON, "--mixture-size", "2", "--confirm", "2", "--confirm-epochs", "1"]
+    flags += ["--max-macs", "default", *(["--confirm-from", start] if start else [])]
+    assert run(search_module, *flags, "--output", home) == 0
+    result = SearchResult.read(home / "search.json")
+    warm = start != "scratch"
+    assert result.confirmed.from_supernet == warm and result.settings["confirm_from"] == (start or "supernet")
+    assert ("from the weights of its supernet" if warm else "from scratch") in report.confirmation_table(
+        result.confirmed
+    )
+    saved = load_tensors(home / "supernets.safetensors")
+    for layout, supernet in given:
+        (trial,) = (home / "trials").glob(f"{layout}_*/trial.json")
+        assert TrialResult.read(trial).from_supernet == warm == (supernet is not None)
+        own = next(entry for entry in result.ranking if entry.layout == layout).supernet
+        assert not warm or all(torch.equal(tensor, saved[f"{own}.{key}"]) for key, tensor in supernet.items())
+    assert len(given) == 2
+
+
+def test_what_has_no_supernet_of_shared_weights_is_confirmed_from_scratch(closed, tmp_path, capsys):
+    flags = ("--dataset", closed, *COMMON, "--mixture-size", "1", "--confirm", "2", "--confirm-epochs", "1")
+    flags += ("--strategy", "unshared", "--max-macs", "default", "--output", tmp_path / "run")
+    assert run(search_module, *flags, "--confirm-from", "supernet") == 2
+    assert "confirm-from supernet: by sharing random resolutions have weights of their own" in capsys.readouterr().err
+    assert run(search_module, *flags) == 0
+    assert not SearchResult.read(tmp_path / "run" / "search.json").confirmed.from_supernet
+
+
 def test_where_labels_do_not_depend_on_detail_the_default_is_kept(image_dataset, tmp_path):
     """Plain colours: every layout tells them apart."""
     import datasets

@@ -1,12 +1,12 @@
 """Confirmation of a ranking: its choices are trained alone, and each is tested against the default."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from scipy.stats import binomtest
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import progress
 from ..config import SearchConfig
@@ -18,7 +18,12 @@ from .runner import run_trial, trial_config, trial_folder
 
 
 def confirm(
-    found: Ranking, config: SearchConfig, epochs: int, home: Path, accelerator: Accelerator
+    found: Ranking,
+    config: SearchConfig,
+    epochs: int,
+    home: Path,
+    accelerator: Accelerator,
+    supernets: Sequence[nn.Module],
 ) -> Confirmation | None:
     """Train a search's choices alone on its weight split, measure them on its score split, and test the differences.
 
@@ -31,19 +36,22 @@ def confirm(
         epochs: of each, by a schedule of that length.
         home: the run folder of the search.
         accelerator: of this process.
+        supernets: all of the search; each choice starts from the one that ranked it, if `confirm_from` says so.
 
     Returns:
         what they showed; None in processes after the first.
     """
     named = [found.default, found.best, found.best_within_default_macs, *found.ranking]
     entries = list({entry.layout: entry for entry in named if entry}.values())[: config.confirm]
-    right, spent, begun = dict[str, Tensor](), 0, progress.done()
+    warm, right, spent, begun = config.confirm_from == "supernet", dict[str, Tensor](), 0, progress.done()
     for number, entry in enumerate(entries, 1):
         if accelerator.is_main_process:
-            progress.tell(f"confirming {number}/{len(entries)}: {entry.layout} alone, {epochs} epochs")
+            start = ", from its supernet" if warm else ""
+            progress.tell(f"confirming {number}/{len(entries)}: {entry.layout} alone, {epochs} epochs{start}")
         trial = Trial(Layout.parse(entry.layout), config.seed, epochs)
         folder, precision = trial_folder(home, trial), accelerator.mixed_precision
-        result = run_trial(folder, trial_config(config, trial, precision, torch.get_num_threads()))
+        own = trial_config(config, trial, precision, torch.get_num_threads())
+        result = run_trial(folder, own, supernets[entry.supernet].state_dict() if warm else None)
         if accelerator.is_main_process:
             assert result
             spent += result.spent_macs
@@ -52,7 +60,8 @@ def confirm(
     if not accelerator.is_main_process:
         return None
     macs = {entry.layout: entry.macs for entry in entries}
-    return Confirmation.of(compare(right, macs), entries[0].layout, epochs=epochs, seed=config.seed, spent_macs=spent)
+    about = {"epochs": epochs, "from_supernet": warm, "seed": config.seed, "spent_macs": spent}
+    return Confirmation.of(compare(right, macs), entries[0].layout, **about)
 
 
 def compare(right: Mapping[str, Tensor], macs: Mapping[str, int]) -> list[Choice]:

@@ -11,7 +11,7 @@ from scipy.stats import t
 
 from .. import runtime
 from ..card import interval
-from ..config import SearchConfig, TrainConfig, build_config, with_reachable_data
+from ..config import SearchConfig, TrainConfig, build_config, fit_training, with_reachable_data
 from ..errors import InputError
 from ..layout import Layout
 from ..results import LatencyResult, SearchResult, TrialResult
@@ -50,7 +50,7 @@ def retrain(
         home: run folder of the search.
         names: see `layouts_named`.
         seeds: trainings of each, with the seeds after the search's own, which its confirmation used.
-        epochs: of each; those of the confirmation, else 30.
+        epochs: of each; as many as train.py chooses for so many images, 30 or more.
         workers: `jobs` and `cluster` of `SearchConfig`.
 
     Returns:
@@ -63,7 +63,7 @@ def retrain(
         raise InputError(f"from-search {home} is no run folder: layouts are trained in that of a search on this disk")
     result = SearchResult.read(home / "search.json")
     layouts = layouts_named(result, names)
-    length = epochs or (result.confirmed.epochs if result.confirmed else TrainConfig().epochs)
+    length = epochs or fit_training(TrainConfig(), result.dataset.weight_images).epochs
     config = build_config(SearchConfig, {**with_reachable_data(dict(result.settings)), **workers})
     accelerator = runtime.start(config)
     if accelerator.num_processes > 1:

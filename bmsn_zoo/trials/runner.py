@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from ..config import DataConfig, SearchConfig, TrainConfig, build_config
 from ..errors import InputError, first_line
@@ -47,17 +48,18 @@ def trial_folder(home: Path, trial: Trial) -> Path:
     return home / "trials" / f"{trial.layout}_seed{trial.seed}_epochs{trial.epochs}"
 
 
-def run_trial(folder: Path, config: TrainConfig) -> TrialResult | None:
+def run_trial(folder: Path, config: TrainConfig, supernet: Mapping[str, Tensor] | None = None) -> TrialResult | None:
     """The result of a trial: read if it is finished, else run, from its last whole epoch on if it was begun.
 
-    To be called by every process of a run alike: they train together, and those after the first return None.
+    To be called by every process of a run alike: they train together, and those after the first return None. With the
+    state of a `supernet` it starts from that.
     """
     state = RunFolder(folder).state
     done, begun = bool(state and state.finished), state is not None
     if launched_processes() > 1:  # the others may be on hosts that do not see the folder
         done, begun = broadcast_object_list([done, begun])
     if not done:
-        train(config, folder, resume=begun)
+        train(config, folder, begun, supernet)
     return TrialResult.read(folder / "trial.json") if rank() == 0 else None
 
 
