@@ -6,7 +6,7 @@ every model's metrics.json, and from results/public.csv, other people's weights.
 A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
 row of results/PROTOCOL.md. Rows that begin with dev- are of the development: what they are judged by needs no truth,
 so the published table is not read for them, but their seeds are compared, and some layouts that were trained alone and
-measured on held-out training images: the trial.json of each is in results/alone, named LAYOUT-eEPOCHS.json.
+measured on held-out training images: the trial.json of each is in results/alone, in folders of trainings alike.
 """
 
 import csv
@@ -105,33 +105,34 @@ def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
     return markdown(cells) + "\n"
 
 
-def trained_alone(folder: Path) -> dict[int, dict[Layout, TrialResult]]:
-    """Layouts that were trained alone, by the epochs of each, most first."""
-    lengths: dict[int, dict[Layout, TrialResult]] = defaultdict(dict)
-    for file in sorted(folder.glob("*-e*.json")):
+def trained_alone(folder: Path) -> dict[str, dict[Layout, TrialResult]]:
+    """Layouts that were trained alone, by how they were, the longest trainings first."""
+    ways: dict[tuple[int, str], dict[Layout, TrialResult]] = defaultdict(dict)
+    for file in sorted(folder.glob("*/*.json")):
         result = TrialResult.read(file)
-        lengths[result.epochs][Layout.parse(result.layout)] = result
-    return dict(sorted(lengths.items(), reverse=True))
+        way = f"{result.epochs} epochs from {'the supernet' if result.from_supernet else 'scratch'}"
+        ways[result.epochs, way][Layout.parse(result.layout)] = result
+    return {way: found for (_, way), found in sorted(ways.items(), key=lambda one: -one[0][0])}
 
 
-def alone_table(lengths: dict[int, dict[Layout, TrialResult]]) -> str:
-    """Held-out accuracy of layouts trained alone, one column for each number of epochs."""
-    layouts = sorted({layout for found in lengths.values() for layout in found}, key=lambda layout: MACS[layout])
-    precision = {epochs: ", ".join(sorted({result.precision for result in found.values()}))
-                 for epochs, found in lengths.items()}  # fmt: skip
-    cells = [["layout", "10^6", *(f"{epochs} epochs, {precision[epochs]}" for epochs in lengths)]]
+def alone_table(ways: dict[str, dict[Layout, TrialResult]]) -> str:
+    """Held-out accuracy of layouts trained alone, one column for each way."""
+    layouts = sorted({layout for found in ways.values() for layout in found}, key=lambda layout: MACS[layout])
+    precision = {way: ", ".join(sorted({result.precision for result in found.values()}))
+                 for way, found in ways.items()}  # fmt: skip
+    cells = [["layout", "10^6", *(f"{way}, {precision[way]}" for way in ways)]]
     for layout in layouts:
-        told = [percent(found[layout].holdout_accuracy) if layout in found else "-" for found in lengths.values()]
+        told = [percent(found[layout].holdout_accuracy) if layout in found else "-" for found in ways.values()]
         cells.append([str(layout), f"{MACS[layout] / 1e6:.1f}", *told])
     return markdown(cells) + "\n"
 
 
-def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout, TrialResult]]) -> str:
+def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout, TrialResult]]) -> str:
     """results/searches.md."""
     final = {name: row for name, row in rows.items() if not name.startswith("dev-")}
     tried = {name: row for name, row in rows.items() if name.startswith("dev-")}
-    accuracy = {epochs: {layout: result.holdout_accuracy for layout, result in found.items()}
-                for epochs, found in alone.items()}  # fmt: skip
+    accuracy = {way: {layout: result.holdout_accuracy for layout, result in found.items()}
+                for way, found in alone.items()}  # fmt: skip
     longest = next(iter(accuracy.values()), {})
     agree = [["row", "n", "recommends", "seeds agree", "alone", "10^15"]]
     for name, by_seed in tried.items():
@@ -139,7 +140,7 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[int, dict[Layout,
         choices = ", ".join(result.pick("best").layout for result in results)
         like = mean_and_deviation([agreement(longest, scores(result)) for result in results])
         agree.append([name, str(len(results)), choices, agreements(results), like, how(results[0])])
-    shorter = {f"{epochs} epochs alone": found for epochs, found in list(accuracy.items())[1:]}
+    shorter = {f"{way}, alone": found for way, found in list(accuracy.items())[1:]}
     for name, values in {"multiply-accumulates": MACS, **shorter}.items():
         both = {layout: longest[layout] for layout in longest if layout in values}
         agree.append([name, "-", "-", "-", mean_and_deviation([agreement(both, values)]), "-"])
