@@ -94,7 +94,7 @@ def test_epochs_and_a_budget_are_not_both_given_but_either_wins_over_a_recipe():
 def test_a_budget_is_spent_as_counted_and_a_resumed_search_spends_it_alike(image_folder, tmp_path, caplog):
     evaluation, budget = 2 * 32 * TREE, 30 * 5 * 8 * sum(MACS) // 36 + 2 * 2 * 32 * TREE
     settings = ["--dataset", str(image_folder), *SMALL, "--budget", str(budget), "--evaluate-last", "2"]
-    settings += ["--lr", "0.01", "--rate-decay", "cost", "--scores", "pairs"]
+    settings += ["--lr", "0.01", "--min-lr", "0.001", "--rate-decay", "cost", "--scores", "pairs"]
     trained, train_and_score, end_epoch = [], search_module.train_and_score, search_module._Search.end_epoch
 
     def watched(trainer, layout, *more):
