@@ -39,6 +39,9 @@ pytestmark = [
 ]
 
 
+CONFIRMED = ("--confirm", 2, "--confirm-epochs", 1, "--max-macs", "default")  # which comes after --confirm 0 and wins
+
+
 def start(base, *arguments, output="run", second=()):
     """Start a search on both hosts, as accelerate's documentation says; the second one may be given more."""
     for rank in (0, 1):
@@ -73,7 +76,7 @@ def search(base, *arguments, **more):
 
 
 def test_search_over_two_hosts_resumes_where_the_first_one_left_it(image_folder, tmp_path):
-    settings = ["--dataset", image_folder, *QUICK, "--epochs", 6]
+    settings = ["--dataset", image_folder, *QUICK, "--epochs", 6, *CONFIRMED]
     codes, _, said = search(tmp_path, *settings, "--output", "whole", output="whole")
     assert codes == [0, 0], said
     process, run = start(tmp_path, *settings), tmp_path / "home0" / "run"
@@ -86,23 +89,24 @@ def test_search_over_two_hosts_resumes_where_the_first_one_left_it(image_folder,
     assert not (tmp_path / "home1" / "run").exists(), "only the first host writes"
 
     started = time.monotonic()
-    codes, errors, said = search(tmp_path, "--resume")
+    codes, errors, said = search(tmp_path, "--resume", *CONFIRMED)
     assert all(codes) and time.monotonic() - started < 200
     assert "copy the first host's run there, or use a shared disk" in errors[1][0], said
     assert errors[0] == ["error: process 1, on another host, was refused: it says why"]
 
     shutil.copytree(run, tmp_path / "home1" / "run")
-    codes, _, said = search(tmp_path, "--resume")
+    codes, _, said = search(tmp_path, "--resume", *CONFIRMED)
     assert codes == [0, 0], said
     whole, resumed = (json.loads((run.with_name(name) / "search.json").read_text()) for name in ("whole", "run"))
-    assert found(resumed) == found(whole)
+    assert found(resumed) == found(whole) and resumed["confirmed"] == whole["confirmed"]
+    assert whole["confirmed"]["from_supernet"], "though the second host sees no file of the search"
     assert len(resumed["segments"]) == 2
     expected, actual = (load_file(run.with_name(name) / "supernets.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_mixture_parallel_needs_a_shared_disk(image_folder, tmp_path):
-    settings = ["--dataset", image_folder, *QUICK, "--parallel", "mixture"]
+    settings = ["--dataset", image_folder, *QUICK, "--parallel", "mixture", *CONFIRMED]
     codes, errors, said = search(tmp_path, *settings)
     assert all(codes)
     assert errors[0] == [
@@ -115,12 +119,12 @@ def test_mixture_parallel_needs_a_shared_disk(image_folder, tmp_path):
     codes, _, said = search(tmp_path, *settings, output=tmp_path / "shared")
     assert codes == [0, 0], said
     result = json.loads((tmp_path / "shared" / "search.json").read_text())
-    assert len(result["ranking"]) == 36
+    assert result["ranking"] and result["confirmed"]["from_supernet"]
     assert result["segments"][0]["processes"] == 2
 
 
 def test_hosts_that_were_started_differently_are_told_so(image_folder, tmp_path):
     codes, errors, said = search(tmp_path, "--dataset", image_folder, *QUICK, second=["--lr", 0.2])
     assert all(codes)
-    expected = "process 1 was started with other settings, lr 0.1 (there 0.2): start all hosts alike"
+    expected = "process 1 was started with other settings, lr 0.05 (there 0.2): start all hosts alike"
     assert errors == [[f"error: {expected}"], [f"error: [rank 1] {expected}"]], said
