@@ -56,9 +56,12 @@ def agreements(results: Sequence[SearchResult]) -> str:
 
 
 def how(result: SearchResult) -> str:
-    """Epochs, or the compute that ended it."""
-    spent = f"{result.spent_macs / 1e15:.3f}" if result.spent_macs else "not recorded"
-    return f"{result.epochs} epochs, {spent}"
+    """Epochs, and the compute of the search and of its confirmation."""
+    if not result.spent_macs:
+        return f"{result.epochs} epochs, not recorded"
+    confirmed = result.confirmed.spent_macs if result.confirmed else 0
+    own = f"{result.epochs} epochs, {(result.spent_macs - confirmed) / 1e15:.3f}"
+    return f"{own} + {confirmed / 1e15:.3f}" if confirmed else own
 
 
 def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
@@ -92,13 +95,14 @@ def _numbers(found: Sequence[Quality]) -> list[str]:
 
 def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
     """Every run by itself, with what it was run on."""
-    cells = [["run", "recommends", "score accuracy", *(["tau", "front"] if true else []), "minutes", "hardware",
-              "precision", "commit"]]  # fmt: skip
+    cells = [["run", "recommends", "score accuracy", *(["tau", "front", "confirmation"] if true else []), "minutes",
+              "hardware", "precision", "commit"]]  # fmt: skip
     for name, by_seed in rows.items():
         for seed, result in sorted(by_seed.items()):
             found = result.to_train("best")
             one = measured(result) if true else None
-            judged = [f"{one.tau:.3f}", f"{100 * one.front_regret:.2f}"] if one else []
+            verdict = result.confirmed.verdict if result.confirmed else "none"
+            judged = [f"{one.tau:.3f}", f"{100 * one.front_regret:.2f}", verdict] if one else []
             cells.append([f"[{name}-s{seed}](searches/{name}-s{seed}.json)", found.layout,
                           f"{100 * found.accuracy:.2f}", *judged, f"{result.duration_seconds / 60:.0f}",
                           result.hardware, result.precision, (result.commit or "unknown")[:7]])  # fmt: skip
@@ -149,7 +153,8 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout,
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"
         "seed, settings, versions and segments. Rows, metrics and rules: [PROTOCOL.md](PROTOCOL.md).\n",
         "Means and deviations over n seeds. tau, near (pairs of near-equal cost), regrets (points) and accuracy\n"
-        "(percent) are against the published accuracies of the layouts trained alone; 10^15: multiply-accumulates.\n"
+        "(percent) are against the published accuracies of the layouts trained alone; 10^15: multiply-accumulates\n"
+        "of the search, and of its confirmation.\n"
         "The time of a run is that of a machine that also did other work.\n",
         against_truth(final),
         "## Every run\n",
