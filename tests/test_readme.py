@@ -136,7 +136,8 @@ def test_the_tables_of_models_are_those_of_their_records():
     evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
     results = evidence["zoo"]()
     assert evidence["with_models"](README, results) == README
-    assert (ROOT / "results" / "zoo.md").read_text(encoding="utf-8") == evidence["zoo_page"](results)
+    written = (ROOT / "results" / "zoo.md").read_text(encoding="utf-8")
+    assert written == evidence["zoo_page"](results, ROOT / "results" / "recipe")
     repeats = [
         Repeat(seed=seed, test_accuracy=accuracy, test_loss=1, segments=results[SOURCE].segments)
         for seed, accuracy in ((1, 0.61), (2, 0.62))
