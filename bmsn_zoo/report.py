@@ -166,9 +166,10 @@ def draw_accuracy_macs(result: SearchResult) -> "Figure":
     figure = _figure(7 if len(prices) == 1 else 12, 4.6)
     for axes, (label, price) in zip(figure.subplots(1, len(prices), squeeze=False)[0], prices.items(), strict=True):
         _draw_accuracy_against(axes, result, label, price)
-    alone = "trained alone" if "trials" in result.details else f"best of {result.mixture_size} supernets"
+    several = f"best of {result.mixture_size} supernets" if result.mixture_size > 1 else "one supernet"
+    how = "trained alone" if "trials" in result.details else several
     verdict = f"\n{result.confirmed.verdict}" if result.confirmed else ""
-    figure.suptitle(f"{_subject(result)}: {len(result.layouts)} layouts, {alone}{verdict}", fontsize=10)
+    figure.suptitle(f"{_subject(result)}: {len(result.layouts)} layouts, {how}{verdict}", fontsize=10)
     return figure
 
 

@@ -418,3 +418,9 @@ def test_a_shipped_card_is_what_its_records_give(name, tmp_path):
     compared = TrainResult.read(default / "metrics.json") if default.is_dir() else None
     write_card(folder, f"bmsn-zoo/{name}", compared, name)
     assert (folder / "README.md").read_bytes() == (ZOO / name / "README.md").read_bytes()
+
+
+def test_a_search_of_one_supernet_is_not_called_a_mixture():
+    records = shipped_folder("results") / "searches"
+    text = search_card(SearchResult.read(records / "recommended-s0.json"), "me/search")
+    assert "ranked by one supernet. Confirmed by" in text and "mixture" not in text.split("## ")[0]
