@@ -20,7 +20,7 @@ from .config import SearchConfig
 from .layout import Layout
 from .reference import Table
 from .search_space import SearchSpace
-from .strategies import create_strategy
+from .strategies import create_strategy, scorings
 from .trials import PLANS, Trial
 
 _IMAGES, _SIDE = 50_000, 32  # of CIFAR-10, for training; half of them train weights, the others score
@@ -101,14 +101,13 @@ def play(method: str, table: Table, space: SearchSpace, config: SearchConfig) ->
     published = table.supernet[supernets if config.strategy in ("balanced", "fixed", "few-shot") else 1]
     truth, macs = np.array([published[layout] for layout in space]), list(macs_of(space).values())
     budget = supernets * _EPOCHS * (_IMAGES // 2 // _BATCH) * _BATCH * 4 * float(np.mean(macs))
-    scorings = {"none": 0, "drawn": 1, "all": supernets}[strategy.scoring]
-    images, spent, step = _STEPS * _BATCH, 0, 0
+    images, spent, step, scored = _STEPS * _BATCH, 0, 0, scorings(strategy, supernets)
     while spent < budget:
         getattr(strategy, "splits", bool)(spent / budget)
         draw = strategy.draw(step, spent / budget, range(supernets))
-        scores = rng.binomial(images, truth[draw.layout], scorings) / images
+        scores = rng.binomial(images, truth[draw.layout], scored) / images
         strategy.update(draw, scores.tolist())
-        spent, step = spent + (3 + scorings) * images * macs[draw.layout], step + 1
+        spent, step = spent + (3 + scored) * images * macs[draw.layout], step + 1
     final = rng.binomial(_IMAGES // 2, np.tile(truth[:, None], supernets)) / (_IMAGES // 2)
     best = final.max(1) if strategy.own is None else final[np.arange(len(space)), strategy.own]
     evaluation = supernets * _IMAGES // 2 * cost.tree_macs(space, _SIDE)

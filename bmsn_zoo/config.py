@@ -21,7 +21,7 @@ _LIMIT = re.compile(r"default|\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?x?")
 ConfigT = TypeVar("ConfigT", bound="DataConfig")
 ALONE = ("random", "halving", "evolution", "brute-force")  # strategies that train layouts alone, for `epochs` each
 _SEVERAL = ("fixed", "few-shot")  # those that are nothing with one supernet
-_EVEN = ("darts", "gaea")  # those whose steps all cost the same
+RELAXED = ("darts", "gaea")  # those that run all resolutions at once, by steps of one cost
 MAX_LAYOUTS = 20_000  # of a search space
 FEW_STEPS = 500  # of a supernet: with fewer, a ranking is mostly noise
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -353,8 +353,8 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
         "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes)),
         "mixture_size": processes if apart else 1 if not several else 4 if images >= 20_000 else 2,
         "draws": "random" if apart else "permutation",
-        "rate_decay": "schedule" if config.strategy in _EVEN else "cost",
-        "confirm_from": "supernet" if sharing == "shared" and config.strategy not in _EVEN else "scratch",
+        "rate_decay": "schedule" if config.strategy in RELAXED else "cost",
+        "confirm_from": "supernet" if sharing == "shared" and config.strategy not in RELAXED else "scratch",
     }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))

@@ -272,8 +272,8 @@ class OneShotSearch(SearchBase):
             load_training_state(path, mixture.supernets[m])
         found = self.rank(torch.stack(self.late).mean(0))
         if config.confirm and found.default:
-            length, nets = self._confirm_epochs(epochs), self.mixture.supernets
-            confirmed = confirm(found, config, length, self.folder.path, self.accelerator, nets)
+            length, home = self._confirm_epochs(epochs), self.folder.path
+            confirmed = confirm(found, config, length, home, self.accelerator, mixture.supernets)
         elif config.confirm and self.accelerator.is_main_process:
             _log.warning("nothing is confirmed: the default layout %s was not searched", self.space.default_layout)
         if self.accelerator.is_main_process:

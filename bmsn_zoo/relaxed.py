@@ -19,10 +19,9 @@ from .ranking import build_result
 from .results import Ranking
 from .run_folder import RunFolder
 from .search_space import BACKBONES, SearchSpace
-from .step import Lag, Trainer, check_finite
+from .step import Lag, Trainer, accuracy_of, check_finite
 from .unshared import weights_at
 
-RELAXED = ("darts", "gaea")
 _FLOOR = 1e-5  # of a share under exponentiated gradients, from where it can still come back
 _Batch = tuple[Tensor, Tensor]
 
@@ -154,7 +153,7 @@ def train_alpha(
         architecture.alpha.grad = accelerator.reduce(architecture.alpha.grad, "mean")
     architecture.optimizer.step()
     architecture.optimizer.zero_grad()
-    return (logits.argmax(1) == labels).float().mean()
+    return accuracy_of(logits, labels)
 
 
 class RelaxedSearch(OneShotSearch):

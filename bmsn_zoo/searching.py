@@ -12,16 +12,16 @@ from accelerate import Accelerator, PartialState
 
 from . import hub, progress, report, runtime
 from .command import run_command, speak, take_dry_run
-from .config import SearchConfig, load_recipe, over_recipe
+from .config import RELAXED, SearchConfig, load_recipe, over_recipe
 from .errors import InputError
 from .one_shot import OneShotSearch
 from .optimizer import create_optimizer, set_learning_rate
-from .relaxed import RELAXED, RelaxedSearch
+from .relaxed import RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config, run_name
 from .spending import cost_quarters, decay_powers
 from .starts import find_start
 from .step import Lag, Trainer, check_finite, train_and_score
-from .strategies import STRATEGIES, Draw, Strategy, create_strategy
+from .strategies import STRATEGIES, Draw, Strategy, create_strategy, scorings
 from .trials import PLANS
 from .trials.plan_search import PlanSearch
 from .usage import parser_of
@@ -86,9 +86,9 @@ class _Search(OneShotSearch):
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
         # multiply-accumulates of a step: training costs three forwards, a scoring one
+        scored = scorings(self.strategy, len(self.mixture))
         macs = [self.space.macs(layout, self.source.image_size, config.in_chans) for layout in self.space]
-        scorings = len(self.scored) if self.scored else int(self.scores)
-        self.costs = [(3 + scorings) * config.batch_size * one for one in macs]
+        self.costs = [(3 + scored) * config.batch_size * one for one in macs]
         self.count_costs(self.costs)
         # with rates by cost, each quarter of the layouts moves the same weights with momentum of its own
         by_cost = config.rate_decay == "cost"

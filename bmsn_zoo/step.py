@@ -57,7 +57,7 @@ def train_and_score(
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     if score_batch is None:
-        accuracies = [_accuracy(logits, labels)]
+        accuracies = [accuracy_of(logits, labels)]
     elif not scored:
         accuracies = _score([trainer.supernet], layout, score_batch)
     return torch.stack([loss.detach(), *accuracies])
@@ -69,10 +69,11 @@ def _score(supernets: Sequence[PoolingResNet], layout: Layout, batch: tuple[Tens
     images, labels = batch
     for supernet in supernets:
         supernet.set_layout(layout)
-    return [_accuracy(supernet(images), labels) for supernet in supernets]
+    return [accuracy_of(supernet(images), labels) for supernet in supernets]
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def accuracy_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of a batch that is classified correctly, on the device; logits (B, classes), labels (B,)."""
     return (logits.argmax(1) == labels).float().mean()
 
 

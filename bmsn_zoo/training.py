@@ -58,7 +58,7 @@ from .run_folder import (
 )
 from .search_space import backbone_of
 from .starts import find_start, start_from, start_from_supernet
-from .step import Lag, check_finite
+from .step import Lag, accuracy_of, check_finite
 from .usage import parser_of
 
 _log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class Training:
                     self.ema.update(self.model, step)
 
                 with torch.no_grad():
-                    values = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+                    values = torch.stack([loss.detach(), accuracy_of(logits, labels)])
                     if self.shard[1] > 1:  # so that all processes notice when one diverges
                         values = accelerator.reduce(values, "mean")
                 for done, arrived in lag.push(step, values, last=step == steps[-1]):

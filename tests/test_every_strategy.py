@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from bmsn_zoo import report, searching
-from bmsn_zoo.relaxed import RELAXED
+from bmsn_zoo.config import RELAXED
 from bmsn_zoo.step import Lag
 from bmsn_zoo.strategies import STRATEGIES
 from bmsn_zoo.trials import PLANS

@@ -15,7 +15,7 @@ from .few_shot import FewShot
 from .fixed import Fixed
 from .mcts import TreeSearch
 from .paired import PairedMixture
-from .protocol import Draw, Strategy
+from .protocol import Draw, Strategy, scorings
 from .uniform import Uniform
 
 STRATEGIES: dict[str, Callable[[SearchSpace, SearchConfig], Strategy]] = {
@@ -44,4 +44,4 @@ def create_strategy(space: SearchSpace, config: SearchConfig) -> Strategy:
     return STRATEGIES[config.strategy](space, config)
 
 
-__all__ = ["STRATEGIES", "BalancedMixture", "Draw", "PairedMixture", "Strategy", "create_strategy"]
+__all__ = ["STRATEGIES", "BalancedMixture", "Draw", "PairedMixture", "Strategy", "create_strategy", "scorings"]

@@ -58,3 +58,8 @@ class Strategy(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take what `state_dict` gave."""
         ...
+
+
+def scorings(strategy: Strategy, mixture_size: int) -> int:
+    """How many supernets a step scores."""
+    return {"none": 0, "drawn": 1, "all": mixture_size}[strategy.scoring]
