@@ -17,11 +17,14 @@ from .errors import InputError
 def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
     """Write a file whole: readers see the old content or the new, never a part; with `sync` after a power cut too.
 
+    Its folder is made if needed.
+
     Raises:
         OSError: if the disk is full, or nothing may be written there; it names the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(content)
             if sync:

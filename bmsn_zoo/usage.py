@@ -67,7 +67,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             "--output", type=Path, metavar="FOLDER", help="also write every class's accuracy, and a confusion picture"
         )
         parser.add_argument(
-            "--results-file", type=Path, metavar="FILE", help="also put its row, in timm's columns, into this CSV file"
+            "--results-file", type=_new_file, metavar="FILE", help="also put its row, in timm's columns, into this CSV file"
         )
     elif command == "predict":
         parser.add_argument("model", help="of the zoo, a model folder, the run folder of a training, or USER/REPO")
@@ -89,14 +89,14 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--jobs", type=int, help="trainings of --layouts side by side")
         parser.add_argument("--cluster", help="dask cluster that trains --layouts: dask://HOST:PORT")
         parser.add_argument(
-            "--output", type=Path, metavar="FILE", help="also write the table as .md, the plays as .csv"
+            "--output", type=_new_file, metavar="FILE", help="also write the table as .md, the plays as .csv"
         )
     elif command == "runs":
         parser.add_argument("folder", nargs="?", type=Path, help="where their folders are (default: runs)")
     elif command == "report":
         parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
         parser.add_argument(
-            "--output", type=Path, metavar="FILE", help="the page; report.html in the first run folder if not given"
+            "--output", type=_new_file, metavar="FILE", help="the page; report.html in the first run folder if not given"
         )
     else:
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -120,6 +120,15 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             help="the same training with other seeds, whose accuracies the card tells too",
         )
     return parser
+
+
+def _new_file(text: str) -> Path:
+    """A file to write, whose folder is made if needed: said before what it is to hold is computed."""
+    path = Path(text)
+    if path.is_dir() or (above := next(folder for folder in path.absolute().parents if folder.exists())).is_file():
+        fault = "is a folder" if path.is_dir() else f"lies in {above}, which is a file"
+        raise argparse.ArgumentTypeError(f"{text} {fault}: give the name of a file")
+    return path
 
 
 def start_of(command: str) -> str:

@@ -51,7 +51,7 @@ def test_the_table_of_the_zoo_has_the_accuracies_of_its_cards():
 
 
 def test_results_are_a_table_in_timms_columns(runs, image_folder, tmp_path, capsys):
-    table = tmp_path / "results.csv"
+    table = tmp_path / "new" / "results.csv"
     for folder in (runs.zoo / FOUND, runs.zoo / DEFAULT, runs.zoo / FOUND):
         assert run(evaluate, folder, "--dataset", image_folder, "--results-file", table) == 0
     rows = list(csv.DictReader(table.read_text().splitlines()))
@@ -69,6 +69,14 @@ def test_results_are_a_table_in_timms_columns(runs, image_folder, tmp_path, caps
     assert run(evaluate, folder, "--dataset", image_folder, "--results-file", table) == 2
     assert "has other columns than model,img_size,top1," in capsys.readouterr().err
     assert table.read_text() == "name,accuracy\n"
+
+
+def test_files_that_cannot_be_are_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place, fault in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.csv", "file, which is a file")):
+        assert run(evaluate, "bmsn_nothing", "--results-file", place) == 2
+        error = capsys.readouterr().err
+        assert f"{fault}: give the name of a file" in error and error.count("\n") == 1
 
 
 @drawn()
