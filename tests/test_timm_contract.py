@@ -331,7 +331,7 @@ def test_prune_can_keep_the_head():
 
 @each_case
 def test_torchscript(name, layout):
-    model = create(name, layout, scriptable=True)
+    model = create(name, layout, scriptable=True, num_classes=7)
     x = images(model)
     expected = model(x)
     scripted = torch.jit.script(model)

@@ -92,7 +92,7 @@ class RelaidResNet(ResNet):
     __jit_unused_properties__ = ("layout", "_model_args")
 
     def _origin(self) -> dict[str, Any]:
-        """What the stock model was: architecture, feature_info, anti-aliasing; and whether its stem is a unit."""
+        """What the stock model was: architecture, arguments, feature_info, anti-aliasing; whether its stem is a unit."""
         return self.__dict__["_stock"]  # not annotated in the class, where torchscript would compile it
 
     @property
@@ -103,12 +103,12 @@ class RelaidResNet(ResNet):
     @property
     def _model_args(self) -> dict[str, Any]:
         """timm: the arguments that it saves with the weights."""
-        base = self._origin()["architecture"]
-        return self.__dict__.get("_model_args", {}) | ({"model": base} if base else {}) | {"layout": self.layout}
+        base, args = self._origin()["architecture"], self._origin()["args"]
+        return args | ({"model": base} if base else {}) | {"layout": self.layout}
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__["_model_args"] = {key: args[key] for key in args if key not in ("model", "layout")}
+        self._origin()["args"] = {key: args[key] for key in args if key not in ("model", "layout")}
 
     def set_layout(self, layout: str | Sequence[int] | Layout) -> None:
         """Move the downsamplings; weights are untouched.
@@ -292,6 +292,7 @@ def _adopt(model: Any, architecture: str | None, stem_is_unit: bool = False) -> 
     """Make timm's model a `RelaidResNet`; `architecture` is what it was, None if it is a model of ours."""
     model._stock = dict(
         architecture=architecture,
+        args=model.__dict__.pop("_model_args", {}),  # torchscript would take it for an attribute of one type
         feature_info=model.feature_info,
         anti_alias=tuple(block.aa for block in _blocks(model) if not isinstance(block.aa, nn.Identity))[:1],
         stem_is_unit=stem_is_unit,
@@ -303,7 +304,7 @@ def _return_to_timm(model: Any) -> None:
     model.feature_info, architecture = model._origin()["feature_info"], model._origin()["architecture"]
     if architecture:
         model.pretrained_cfg["architecture"] = architecture
-    model.__class__ = ResNet
+    model.__class__, model._model_args = ResNet, model._origin()["args"]
     del model._stock
 
 
