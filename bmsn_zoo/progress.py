@@ -153,6 +153,11 @@ class Bar:
         _meter.line.set_postfix_str("", refresh=False)  # of what was before
         for item in self._items:
             yield item
+            self.count()
+
+    def count(self) -> None:
+        """Count the step at hand as done, which a loop that breaks off does itself."""
+        if _meter:
             _meter.add(self._work / self._count)
             if self._training:
                 _meter.count_step()

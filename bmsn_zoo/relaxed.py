@@ -166,12 +166,10 @@ class RelaxedSearch(OneShotSearch):
     strategy: Architecture
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
-        if "mixture_size" not in config.model_fields_set:
-            config = SearchConfig(**{**config.model_dump(exclude_unset=True), "mixture_size": 1})
-        if config.mixture_size != 1:
-            raise InputError(f"strategy {config.strategy} trains one supernet: give --mixture-size 1")
         super().__init__(config, folder, accelerator)
         config = self.config  # as the images complete it
+        if config.mixture_size != 1:
+            raise InputError(f"strategy {config.strategy} trains one supernet: give --mixture-size 1")
         backbone, size = self.space.backbone, self.source.image_size
         self.strategy = Architecture(self.space, config, self.device)
         levels = self.strategy.alpha.shape[1]
@@ -229,6 +227,7 @@ class RelaxedSearch(OneShotSearch):
                     sums += loss, accuracy, 1
                     bar.show(f"loss {loss:.3f}, scored {100 * accuracy:.1f} %")
                 if last:
+                    bar.count()
                     break  # before the epoch ends, if the budget does
 
             self.end_epoch(epoch, progress, sums, started)

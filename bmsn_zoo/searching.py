@@ -144,6 +144,7 @@ class _Search(OneShotSearch):
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
                 if last:
+                    bar.count()
                     break  # before the epoch ends, if the budget does
 
             self.end_epoch(epoch, progress, sums, started)

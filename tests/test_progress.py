@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = ["--batch-size", "16", "--epochs", "2", "--mixed-precision", "no", "--threads", "1"]
 RUNS = {
     "search": (searching, ["--mixture-size", "2", "--confirm", "2"], "36, the dearest 8-1-1 with "),
+    "one step an epoch": (searching, ["--limit", "32", "--confirm", "2", "--confirm-epochs", "1"], "36, the dearest"),
     "relaxed": (searching, ["--strategy", "darts"], "36, the dearest 8-1-1"),
     "plan": (searching, ["--strategy", "halving"], "36, the dearest 8-1-1"),
     "training": (training, ["--layout", "4-3-3"], "4-3-3 with 10.2 M MACs\n"),
