@@ -497,8 +497,10 @@ class Confirmation(Record):
             return None
         choice = max(cheaper, key=lambda choice: (choice.right, -choice.macs))
         gap, images = choice.better - choice.worse, choice.images
-        half = 1.96 * (choice.better + choice.worse - gap**2 / images) ** 0.5  # of paired differences
-        low, mean, high = (f"{100 * value / images:+.1f}" for value in (gap - half, gap, gap + half))
+        # of paired differences, by Bonett and Price (2012): two more images, one for each side, so that it has a width
+        likely, differing = gap / (images + 2), (choice.better + choice.worse + 2) / (images + 2)
+        half = 1.96 * ((differing - likely**2) / (images + 2)) ** 0.5
+        low, mean, high = (f"{100 * value:+.1f}" for value in (likely - half, gap / images, likely + half))
         cost = f"{choice.macs / usual.macs:.2f} of its cost"
         return f"{choice.layout} ties with {self.default} at {cost}: {mean} points, 95 % interval {low} to {high}"
 
