@@ -4,15 +4,16 @@ import logging
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from . import cost, report, runtime
 from .command import out_of_memory
-from .config import SearchConfig, fit_to_images
+from .config import ALONE, SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
-from .errors import first_line
+from .errors import InputError, first_line
 from .evaluate import full_float32
 from .ranking import why_undecided
 from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
@@ -44,6 +45,10 @@ class SearchBase:
             DataSource(config, torch.get_num_threads()),
         )
         space.backbone.check(space.default_layout, self.source.image_size)
+        if (config.confirm or config.strategy in ALONE) and not timm.is_model(config.model):
+            what = "confirm" if config.confirm else f"strategy {config.strategy}"
+            fix = "register it there, or search with one supernet or more and --confirm 0"
+            raise InputError(f"{what} trains layouts alone, but timm has no model {config.model}: {fix}")
         limits = {"max_macs": config.max_macs, "max_activations": config.max_activations}
         self.space = space.within(self.source.image_size, config.in_chans, **limits)
         with PartialState().local_main_process_first():

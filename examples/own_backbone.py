@@ -1,7 +1,8 @@
 """A network that timm does not have, made searchable: `accelerate launch examples/own_backbone.py --epochs 2`.
 
-All that a search asks of a network is told in `bmsn_zoo.Backbone`. To train what it finds, register the network with
-timm under the same name, with `layout` among its arguments and ordinary norms.
+All that a search asks of a network is told in `bmsn_zoo.Backbone`. To train layouts alone, and so to confirm what was
+found (left out here), register the network with timm under the same name, with `layout` among its arguments and
+ordinary norms.
 """
 
 import sys
@@ -55,4 +56,4 @@ class PlainNet(nn.Module):
 BACKBONES["plain_net"] = Backbone(PlainNet, CHANNELS, default_layout=Layout.parse("2-2-2"))
 
 if __name__ == "__main__":
-    sys.exit(main(["--model", "plain_net", *sys.argv[1:]]))
+    sys.exit(main(["--model", "plain_net", "--confirm", "0", *sys.argv[1:]]))

@@ -134,11 +134,16 @@ def test_searches_that_cannot_forget_maps_say_so(more, tmp_path, image_folder, c
     assert "grad-checkpointing" in capsys.readouterr().err
 
 
-def test_the_example_of_an_own_backbone_is_searched(tmp_path):
+def test_the_example_of_an_own_backbone_is_searched(tmp_path, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "own_backbone.py"))
     try:
         small = ["--dataset", "digits", "--limit", 120, *COMMON, "--mixture-size", 2]
-        assert example["main"](["--model", "plain_net", *map(str, small), "--output", str(tmp_path / "run")]) == 0
+        command = ["--model", "plain_net", *map(str, small), "--output", str(tmp_path / "run")]
+        for alone in (["--confirm", "2"], ["--strategy", "random", "--mixture-size", "1"]):
+            assert example["main"]([*command, *alone]) == 2
+            assert "timm has no model plain_net: register it there" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        assert example["main"](command) == 0
         found = SearchResult.read(tmp_path / "run" / "search.json")
     finally:
         BACKBONES.pop("plain_net")
