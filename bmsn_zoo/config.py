@@ -271,7 +271,7 @@ class SearchConfig(DataConfig):
         1,
     )
     batch_size: int = setting(
-        32, "images of one step, over all processes; smaller for few images, more for three processes and more", 2
+        32, "images of one step, over all processes; smaller for few images, more for many processes", 2
     )
     eval_batch_size: int = setting(256, "score images that a supernet normalises together in the evaluation", 2)
     evaluate_every: int = setting(
@@ -338,7 +338,8 @@ class SearchConfig(DataConfig):
 def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> SearchConfig:
     """A search's settings, those that were not given chosen for its number of training images, half of which train.
 
-    - batch_size: the largest power of two that makes 4 steps of that half, from 8 to 32, or to 16 for each process;
+    - batch_size: the largest power of two that makes 4 steps of that half, from 8 to 32, or to 16 for each process,
+      which share it evenly;
     - mixture_size: 1; where supernets share the layouts in any case 4 from 20,000 images on, else 2; one a process if
       each has its own;
     - draws, rate_decay, confirm_from: as their help says;
@@ -348,13 +349,14 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
     """
     half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
     several, apart = config.strategy in _SEVERAL or config.scores == "pairs", config.parallel == "mixture"
+    relaxed = config.strategy in RELAXED
     sharing = sharing_of(config.settings())
     chosen: dict[str, Any] = {
-        "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes)),
-        "mixture_size": processes if apart else 1 if not several else 4 if images >= 20_000 else 2,
+        "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes), processes),
+        "mixture_size": 1 if relaxed or not (several or apart) else processes if apart else 4 if images >= 20_000 else 2,
         "draws": "random" if apart else "permutation",
-        "rate_decay": "schedule" if config.strategy in RELAXED else "cost",
-        "confirm_from": "supernet" if sharing == "shared" and config.strategy not in RELAXED else "scratch",
+        "rate_decay": "schedule" if relaxed else "cost",
+        "confirm_from": "supernet" if sharing == "shared" and not relaxed else "scratch",
     }
     chosen = {name: config.as_dict()[name] if name in given else value for name, value in chosen.items()}
     enough = math.ceil(FEW_STEPS * chosen["mixture_size"] / max(1, half // chosen["batch_size"]))
@@ -368,24 +370,28 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
     return SearchConfig(**{**config.as_dict(), **chosen})
 
 
-def fit_training(config: "TrainConfig", images: int) -> "TrainConfig":
+def fit_training(config: "TrainConfig", images: int, processes: int = 1) -> "TrainConfig":
     """A training's settings, those that were not given chosen for its number of training images.
 
-    - batch_size: the largest power of two that makes 8 steps of an epoch, between 8 and 128;
+    - batch_size: the largest power of two that makes 8 steps of an epoch, between 8 and 128, shared evenly by processes;
     - epochs: 30, or as many, at most 300, as make `FEW_STEPS`.
 
     So from 1,024 images on the batches are those of `TrainConfig`, and 300 photos have batches of 32 and 56 epochs.
     """
     given = config.model_fields_set
-    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8, 128)
+    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8, 128, processes * config.batch_unit)
     enough = math.ceil(FEW_STEPS / max(1, images // batch))
     epochs = config.epochs if "epochs" in given else max(30, min(300, enough))
     return TrainConfig(**{**config.as_dict(), "batch_size": batch, "epochs": epochs})
 
 
-def _fitting_batch(images: int, steps: int, most: int) -> int:
-    """The largest power of two that makes so many steps of the images, from 8 to `most`; less for fewer images."""
-    return 2 ** min(max(3, (images // steps).bit_length() - 1), max(1, images.bit_length() - 1), most.bit_length() - 1)
+def _fitting_batch(images: int, steps: int, most: int, parts: int) -> int:
+    """The largest power of two that makes so many steps of the images, from 8 to `most`; less for fewer images.
+
+    Where that cannot be shared by so many parts, what can; two for each at least.
+    """
+    size = 2 ** min(max(3, (images // steps).bit_length() - 1), max(1, images.bit_length() - 1), most.bit_length() - 1)
+    return max(size // parts, 2) * parts if parts > 1 else size
 
 
 def sharing_of(settings: Mapping[str, Any]) -> str:
@@ -440,6 +446,11 @@ class TrainConfig(DataConfig):
         "stay closed, and no model is made that could be published",
         choices=("test", "holdout"),
     )
+
+    @property
+    def batch_unit(self) -> int:
+        """What a process's part of a batch is a multiple of: images are mixed in pairs."""
+        return 2 if self.mixup or self.cutmix else 1
 
 
 def _options(values: Sequence[Any]) -> str:

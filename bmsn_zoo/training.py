@@ -127,8 +127,8 @@ class Training:
     ) -> None:
         self.config, self.folder, self.accelerator, self.device = config, folder, accelerator, accelerator.device
         self.shard = accelerator.process_index, accelerator.num_processes  # the part of a batch that is ours
-        multiple = 2 if config.mixup or config.cutmix else 1
-        check_batch_size(config.batch_size, accelerator.num_processes, multiple)
+        if "batch_size" in config.model_fields_set:
+            check_batch_size(config.batch_size, accelerator.num_processes, config.batch_unit)
         if config.init_from and config.pretrained:
             raise InputError("init-from and pretrained are two starts: give one of them")
         origin = find_start(config.init_from, config.model) if config.init_from and not folder.epoch else None
@@ -162,8 +162,8 @@ class Training:
             seed = config.seed if config.holdout_seed is None else config.holdout_seed
             parts = stratified_split(labels, config.holdout, seed, what, self.data.label_names)
             self.images, self.holdout = map(self.images.select, parts)
-        self.config = config = fit_training(config, len(self.images))
-        check_batch_size(config.batch_size, accelerator.num_processes, multiple)
+        self.config = config = fit_training(config, len(self.images), accelerator.num_processes)
+        check_batch_size(config.batch_size, accelerator.num_processes, config.batch_unit)
         if config.batch_size > len(self.images):
             raise InputError(f"batch-size {config.batch_size} is more than the {len(self.images)} images: use less")
         self.epoch_steps = len(self.images) // config.batch_size

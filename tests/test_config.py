@@ -16,8 +16,10 @@ from bmsn_zoo.config import (
     fit_training,
     kind_of,
     load_recipe,
+    over_recipe,
     shipped_folder,
 )
+from bmsn_zoo.data import check_batch_size
 from bmsn_zoo.run_folder import RunFolder, resolve_config
 
 SEGMENT = dict(
@@ -466,15 +468,38 @@ def test_settings_that_are_not_given_fit_the_number_of_images(images, given, exp
 def test_a_search_by_several_processes_has_enough_images_and_supernets_for_each():
     data, mixture = SearchConfig(), SearchConfig(parallel="mixture")
     assert [fit_to_images(data, 50_000, processes).batch_size for processes in (1, 2, 4, 8)] == [32, 32, 64, 128]
+    for processes in range(1, 10):
+        for images in (9, 100, 1437, 50_000):
+            check_batch_size(fit_to_images(data, images, processes).batch_size, processes)
+            training = TrainConfig(layout="4-3-3", mixup=0.2)
+            check_batch_size(fit_training(training, images, processes).batch_size, processes, 2)
     chosen = fit_to_images(mixture, 50_000, 4)
     assert (chosen.batch_size, chosen.mixture_size, chosen.draws) == (32, 4, "random"), "which draws for its own alone"
 
 
 def test_what_serves_layouts_fairly_is_on_where_it_can_be():
-    settings = {"": ("permutation", "cost"), "darts": ("permutation", "schedule"), "mcts": ("permutation", "cost")}
+    settings = {
+        "balanced": ("permutation", "cost", "supernet"),
+        "darts": ("permutation", "schedule", "scratch"),
+        "mcts": ("permutation", "cost", "supernet"),
+        "unshared": ("permutation", "cost", "scratch"),
+    }
     for strategy, expected in settings.items():
-        chosen = fit_to_images(SearchConfig(**({"strategy": strategy} if strategy else {})), 1000)
-        assert (chosen.draws, chosen.rate_decay) == expected
+        chosen = fit_to_images(SearchConfig(strategy=strategy), 1000)
+        assert (chosen.draws, chosen.rate_decay, chosen.confirm_from) == expected
+
+
+def test_the_recommended_recipe_serves_other_ways_to_search_too():
+    """What it says of supernets, draws and rates is what a search does by itself, which knows what goes together."""
+    recipe = load_recipe("cifar10-resnet20", SearchConfig)
+    for given, supernets, draws, rate in (
+        ({}, 1, "permutation", "cost"),
+        ({"scores": "pairs"}, 4, "permutation", "cost"),
+        ({"strategy": "darts"}, 1, "permutation", "schedule"),
+        ({"parallel": "mixture"}, 2, "random", "cost"),
+    ):
+        chosen = fit_to_images(build_config(SearchConfig, over_recipe(recipe, given)), 50_000, 2)
+        assert (chosen.mixture_size, chosen.draws, chosen.rate_decay) == (supernets, draws, rate)
     given = fit_to_images(SearchConfig(draws="random", rate_decay="schedule"), 1000)
     assert (given.draws, given.rate_decay) == ("random", "schedule")
 
