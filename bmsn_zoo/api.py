@@ -81,8 +81,10 @@ def _told() -> Iterator[None]:
 def _checked(kind: type[SearchConfig] | type[TrainConfig], given: dict[str, Any]) -> dict[str, Any]:
     """What was given, as flags would give it; unknown or wrong settings are refused first."""
     for name, value in given.items():
-        if isinstance(value, os.PathLike | Layout):
-            given[name] = str(value) if isinstance(value, Layout) else os.fspath(value)
+        if isinstance(value, os.PathLike):
+            given[name] = os.fspath(value)
+        elif isinstance(value, Layout) or name == "layout" and isinstance(value, list | tuple):
+            given[name] = str(Layout.parse(value))
     build_config(kind, {name: value for name, value in given.items() if name not in _NO_SETTINGS})
     given = {name: value for name, value in given.items() if value is not None or name not in _NO_SETTINGS}
     if not isinstance(given.get("dataset", ""), str):
@@ -129,11 +131,8 @@ class SearchResult:
             InputError: if there is none, or it is malformed.
         """
         from . import hub
-        from .model_folder import model_folder
 
-        name = os.fspath(source)
-        folder = model_folder(name)
-        pinned = str(folder) if (folder / "search.json").is_file() else hub.pin(name)
+        pinned = hub.pin(os.fspath(source))
         return cls(pinned, hub.load_search(pinned))
 
     def __fspath__(self) -> str:
@@ -174,17 +173,28 @@ class SearchResult:
         return draw_accuracy_macs(self.record)
 
     def plot_assignment(self) -> "Figure":
-        """Which supernet each layout is assigned to."""
+        """Which supernet each layout is assigned to.
+
+        Raises:
+            InputError: if the search assigned none, as one of one supernet.
+        """
         from .report import draw_assignment
 
         return draw_assignment(self.record)
 
     def plot_curves(self) -> "Figure":
-        """Loss, accuracy and steps of each supernet over the epochs."""
+        """Loss, accuracy and steps of each supernet over the epochs.
+
+        Raises:
+            InputError: if this was read from a model that it found, whose curves are those of its training.
+        """
         from .hub import fetch
         from .report import draw_search_curves
 
-        return draw_search_curves(self.record, fetch(self.source, "metrics.jsonl")[0].parent)
+        folder = fetch(self.source, "metrics.jsonl")[0].parent
+        if (folder / "config.json").is_file():
+            raise InputError(f"{self.source} is a model, without the curves of its search: load the search's own folder")
+        return draw_search_curves(self.record, folder)
 
 
 class TrainResult:
@@ -205,12 +215,14 @@ class TrainResult:
         Raises:
             InputError: if there is none, or it is malformed.
         """
-        from .model_folder import model_folder
+        from .model_folder import model_folder, what_is_wrong
 
         folder = Path(source) if Path(source).is_dir() else model_folder(os.fspath(source))
         trial = (folder / "trial.json").is_file()
-        kind = results.TrialResult if trial else results.TrainResult
-        return cls(str(folder), kind.read(folder / ("trial.json" if trial else "metrics.json")))
+        kind, name = (results.TrialResult, "trial.json") if trial else (results.TrainResult, "metrics.json")
+        if not (folder / name).is_file():
+            raise InputError(what_is_wrong(os.fspath(source), folder, "trained model", name))
+        return cls(str(folder), kind.read(folder / name))
 
     def __fspath__(self) -> str:
         return self.source
@@ -225,9 +237,20 @@ class TrainResult:
         return record.test_accuracy if isinstance(record, results.TrainResult) else record.holdout_accuracy
 
     def predict(self, *images: StrPath, top: int = 5) -> dict[Path, list[tuple[str, float]]]:
-        """The most probable labels of image files, or of all images in folders, with their probabilities."""
+        """The most probable labels of image files, or of all images in folders, with their probabilities.
+
+        Args:
+            images: one path or more.
+            top: labels for each.
+
+        Raises:
+            InputError: if there are no such images, or one cannot be read.
+        """
         from .predict import find_images, load_any, predict
 
+        for image in images or (None,):
+            if not isinstance(image, str | os.PathLike):
+                raise InputError(f"image {brief(image)} is not the path of a file or folder: give one path or more")
         return dict(predict(load_any(self.source), find_images([Path(image) for image in images]), top))
 
     def plot_curves(self) -> "Figure":

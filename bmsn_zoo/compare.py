@@ -6,6 +6,7 @@ python -m bmsn_zoo.compare RUN_FOLDER... compares searches; --benchmark plays th
 
 import csv
 import io
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from .trials import PLANS
 from .trials.repeat import retrain
 from .usage import parser_of
 
+_log = logging.getLogger(__name__)
 Values = Mapping[Layout, float]
 # what the benchmark plays: its name, and the settings
 _PLAYS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -203,8 +205,12 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
     """The cells of a table of finished searches, measured against published accuracies where a table fits.
 
     Args:
-        names: run folders, or searches on the Hub, see `hub.load_search`.
+        names: run folders, or searches on the Hub, see `hub.load_search`; folders of anything else are left out, if there are others.
     """
+    others = [name for name in names if Path(name).is_dir() and not (Path(name) / "search.json").is_file()]
+    if 0 < len(others) < len(names):
+        _log.info("left out, as no finished searches: %s", ", ".join(others))
+        names = [name for name in names if name not in others]
     results = [hub.load_search(name) for name in names]
     scores = [{Layout.parse(layout): value for layout, value in result.values.items()} for result in results]
     cells = [["run", "strategy", "M", "found", "score", "agree", "tau", "regret", "front", "accuracy", "10^15"]]

@@ -582,7 +582,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], self._flags(), 1)
+            flags = self._flags()
+            bare = not unknown[0].startswith("-") and "--dataset" in flags
+            close = ["--dataset FOLDER"] if bare else difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise InputError(f"unknown argument {brief(unknown[0])}: {hint}")
         return known

@@ -29,7 +29,7 @@ from .command import run_command
 from .config import DataConfig, shipped_folder
 from .errors import InputError, first_line
 from .files import read_text
-from .model_folder import MODEL_FILES, add, load_model
+from .model_folder import MODEL_FILES, add, load_model, model_folder, what_is_wrong
 from .results import SearchResult, TrainResult
 from .run_folder import load_tensors
 from .usage import parser_of
@@ -54,7 +54,7 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
     """Files of a run folder, a model folder or a Hub repository; from the Hub they come into its client's cache.
 
     Args:
-        name: a folder, or USER/REPO[@revision] on the Hub.
+        name: a folder, a model of the zoo, or USER/REPO[@revision] on the Hub.
         files: their names; all come from one commit.
         token: for the Hub; what the user is logged in with if None.
         what: they are together, for messages.
@@ -63,15 +63,16 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
         InputError: if one is missing, or the Hub cannot be read.
     """
     on_hub = _HUB_NAME.fullmatch(name)
-    if Path(name).is_dir() or not on_hub:
+    folder = Path(name) if (Path(name) / files[0]).is_file() else model_folder(name)
+    if folder.is_dir() or not on_hub:
         for file in files:
-            if not (Path(name) / file).is_file():
-                raise InputError(f"{name} holds no {what}: {file} is missing")
-        return [Path(name) / file for file in files]
+            if not (folder / file).is_file():
+                raise InputError(what_is_wrong(name, folder, what, file))
+        return [folder / file for file in files]
     repo_id, revision = on_hub.groups()
     paths: list[Path] = []
     failure: Exception | None = None
-    with one_line(f"{name} on the Hub"):
+    with one_line(f"{name} is no folder here, and on the Hub"):
         try:  # the client would ask for files many times before it says why it cannot have them
             HfApi(token=token).model_info(repo_id, revision=revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
@@ -91,10 +92,12 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
 
 
 def pin(name: str) -> str:
-    """The same search, with its present commit if it is on the Hub: what lies there may change."""
+    """Where a search is found again: its folder, or USER/REPO with its present commit, since what lies there may change."""
     (path,) = fetch(name, "search.json")
+    if path == Path(name) / "search.json":
+        return name
     on_hub = _HUB_NAME.fullmatch(name)
-    return name if Path(name).is_dir() or not on_hub else f"{on_hub[1]}@{path.parent.name}"
+    return f"{on_hub[1]}@{path.parent.name}" if on_hub and not Path(name).is_dir() else str(path.parent)
 
 
 def load_search(name: str, token: str | None = None) -> SearchResult:

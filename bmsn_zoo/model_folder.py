@@ -94,6 +94,18 @@ def model_folder(name: str) -> Path:
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
+def what_is_wrong(name: str, folder: Path, what: str, file: str) -> str:
+    """Why a folder, which was asked for by `name`, holds no `what`, whose `file` is missing."""
+    if not folder.is_dir():
+        zoo = ", ".join(sorted(home.parent.name for home in shipped_folder("hub_configs").glob("*/config.json")))
+        return f"{name} is neither a folder here nor a model of the zoo, which has {zoo}"
+    if "model" in what and (folder / "search.json").is_file():
+        return f"{name} is a search, whose supernets are no trained model: train what it found first"
+    if "search" in what and any((folder / own).is_file() for own in ("metrics.json", "trial.json")):
+        return f"{name} is a training, not a search: give the run folder of a search"
+    return f"{name} holds no {what}: {file} is missing"
+
+
 def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
     """Load a model folder as timm does, in evaluation mode, and check that its files agree.
 
@@ -103,7 +115,7 @@ def load_model(folder: Path) -> PoolingResNet | RelaidResNet:
     """
     for name in ("config.json", "metrics.json", "model.safetensors", "README.md"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no model folder: {name} is missing")
+            raise InputError(what_is_wrong(str(folder), folder, "trained model", name))
     metrics, data = TrainResult.read(folder / "metrics.json"), folder / "model.safetensors"
     if sha256(data) != metrics.weights_sha256:
         raise InputError(f"{folder}: model.safetensors is damaged: its checksum is not that in metrics.json")
@@ -155,12 +167,15 @@ def add(
         InputError: if the training is not finished, the name is taken, or `default` or one of the repeats was trained
             in another way.
     """
-    zoo, source = zoo or shipped_folder("hub_configs"), Path(run) / "model"
+    zoo, source = zoo or shipped_folder("hub_configs"), _model_of(run)
     folder = zoo / name
     if not re.fullmatch("bmsn_[a-z0-9_]+", name):
         raise InputError(f"name {name!r} does not start with bmsn_, or has more than small letters, digits and _")
     if folder.exists() or timm.is_model(name):
-        raise InputError(f"{name} exists already: remove {folder} first, or choose another name")
+        remove = f"remove {folder} first, or " if folder.exists() else ""
+        raise InputError(f"{name} exists already: {remove}choose another name")
+    if default and not (zoo / default / "metrics.json").is_file():
+        raise InputError(f"default {default} is no model of the zoo")
     require_onnx()
     model, metrics = load_model(source), TrainResult.read(source / "metrics.json")
     compared = _comparable(metrics, zoo / default, default) if default else None
@@ -188,6 +203,14 @@ def add(
     return folder
 
 
+def _model_of(run: Path | str) -> Path:
+    """The model folder that a training wrote into its run folder."""
+    folder = Path(run) / "model"
+    if not folder.is_dir():
+        raise InputError(what_is_wrong(str(run), Path(run), "trained model", "model"))
+    return folder
+
+
 def _comparable(metrics: TrainResult, folder: Path, shown: Path | str) -> TrainResult:
     """Result of another model, if it was trained as this one was: same data, same settings but layout and seed."""
     other = TrainResult.read(folder / "metrics.json")
@@ -205,7 +228,7 @@ def _with_repeats(metrics: TrainResult, runs: Sequence[Path | str]) -> TrainResu
     """A result that tells of the same training with other seeds too, whose run folders these are."""
     seeds, found = {metrics.seed}, list[Repeat]()
     for run in runs:
-        folder = Path(run) / "model"
+        folder = _model_of(run)
         load_model(folder)  # is whole
         other = portable(_comparable(metrics, folder, run))
         if other.layout != metrics.layout:

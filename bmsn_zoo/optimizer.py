@@ -1,9 +1,10 @@
 """What turns gradients into steps: timm's optimizers, and the learning rate of every step."""
 
+import difflib
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 
 from .config import SearchConfig, TrainConfig
 from .errors import InputError
@@ -20,7 +21,9 @@ def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig)
             model, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
     except (AssertionError, ValueError) as error:
-        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}") from None
+        close = difflib.get_close_matches(config.opt, list_optimizers(), 3) or ["sgd", "momentum", "adamw"]
+        fix = f"try {', '.join(close)}"
+        raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}; {fix}") from None
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"opt {config.opt!r} needs gradients of gradients, which are not computed: use another")
     return optimizer

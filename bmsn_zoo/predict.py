@@ -13,10 +13,12 @@ from torch import nn
 
 from .command import run_command
 from .data import normalise
+from .data.loading import tell_unreadable
 from .data.pixels import to_pixels
 from .errors import InputError, first_line
 from .evaluate import full_float32
 from .files import one_line
+from .hub import fetch
 from .model_folder import load_model, model_folder
 from .usage import parser_of
 
@@ -24,15 +26,16 @@ _BATCH = 64
 
 
 def load_any(name: str) -> nn.Module:
-    """A trained network in evaluation mode: one of the zoo, of a folder of ours, or of the Hub.
+    """A trained network in evaluation mode: one of the zoo, of a folder of ours (local-dir:, too), or of the Hub.
 
     Raises:
         InputError: if there is none of this name.
     """
-    folder = model_folder(name)
+    folder = model_folder(name.removeprefix("local-dir:"))
     if folder.is_dir():
         return load_model(folder)
-    with one_line(f"model {name!r}", "is neither in the zoo nor a model folder, nor can timm load it from the Hub"):
+    fetch(name, "config.json", what="trained model")  # asks the Hub once, where timm would many times
+    with one_line(f"model {name!r}", "cannot be loaded by timm from the Hub"):
         return timm.create_model(f"hf-hub:{name.removeprefix('hf-hub:')}", pretrained=True).eval()
 
 
@@ -44,7 +47,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """
     endings, found = Image.registered_extensions(), list[Path]()
     for path in paths:
-        inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+        below = [path] if path.is_file() else sorted(path.rglob("*"))
+        inside = below if path.is_file() else [file for file in below if file.suffix.lower() in endings]
+        tell_unreadable([str(file) for file in below if file not in inside])
         if not inside:
             raise InputError(f"{path} {'holds no images' if path.is_dir() else 'does not exist'}")
         found += inside
@@ -53,7 +58,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 @torch.no_grad()
 @full_float32()
-def predict(model: nn.Module, files: Sequence[Path], top: int = 5) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+def predict(
+    model: nn.Module, files: Sequence[Path], top: int = 5, unread: list[str] | None = None
+) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
     """The most probable labels of images, with their probabilities, best first.
 
     An image becomes the network's input as test images do, see `data.pixels.to_pixels`.
@@ -62,24 +69,33 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5) -> Iterator[t
         model: in evaluation mode; its `pretrained_cfg` says what it takes, and how its classes are called.
         files: images.
         top: labels for each.
+        unread: takes a line for every image that cannot be read, which is then left out.
 
     Raises:
-        InputError: for an image that cannot be read.
+        InputError: for an image that cannot be read, without `unread`; if `top` is less than 1.
     """
+    if top < 1:
+        raise InputError(f"top {top} is too small: it must be at least 1")
     cfg: Any = model.pretrained_cfg
     chans, size = cfg["input_size"][0], cfg["input_size"][-1]
     short, names, device = int(size / (cfg.get("crop_pct") or 1)), cfg.get("label_names"), PartialState().device
     model = model.to(device)
     for first in range(0, len(files), _BATCH):
-        group, pixels = files[first : first + _BATCH], []
-        for file in group:
+        group, pixels = list[Path](), list[torch.Tensor]()
+        for file in files[first : first + _BATCH]:
             try:
                 with Image.open(file) as image:
                     square = to_pixels(image, size, chans, short=short)
             except Exception as error:  # decoders of damaged files raise anything
-                reason = first_line(error) or type(error).__name__
-                raise InputError(f"{file} cannot be read as an image: {reason}") from None
+                line = f"{file} cannot be read as an image: {first_line(error) or type(error).__name__}"
+                if unread is None:
+                    raise InputError(line) from None
+                unread.append(line)
+                continue
+            group.append(file)
             pixels.append(torch.from_numpy(square.copy()))
+        if not group:
+            continue
         logits = model(normalise(torch.stack(pixels).to(device), cfg["mean"], cfg["std"])).float()
         best = logits.softmax(1).topk(min(top, logits.shape[1]))
         for file, shares, classes in zip(group, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -92,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("predict")
 
     def run() -> None:
-        given = parser.parse_args(argv)
-        if given.top < 1:
-            raise InputError(f"top {given.top} is too small: it must be at least 1")
+        given, unread = parser.parse_args(argv), list[str]()
         files = find_images(given.image)
-        for file, labels in predict(load_any(given.model), files, given.top):
+        for file, labels in predict(load_any(given.model), files, given.top, unread):
             told = "  ".join(f"{' '.join(label.split())} {100 * share:.1f} %" for label, share in labels)
             sys.stdout.write(f"{file}  {told}\n")
+        if unread:
+            others = f"; {len(unread)} of {len(files)} cannot" if len(unread) > 1 else ""
+            raise InputError(f"{unread[0]}{others}: remove or repair {'them' if others else 'it'}")
 
     return run_command(run)
 

@@ -66,6 +66,8 @@ def resolve_config(config_class: type[ConfigT], given: dict[str, Any], output: P
     if output is None:
         raise InputError("resume needs the folder of the run to continue: give --output")
     kind = _kind(config_class)
+    if not output.is_dir() and not several_hosts():
+        raise InputError(f"output {output} is no folder, so there is nothing to resume: see python -m bmsn_zoo.runs")
     try:
         state = RunState.read(output / "run.json", "its run.json")
         saved = read_yaml(output / "config.yaml", "its config.yaml")

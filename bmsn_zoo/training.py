@@ -456,6 +456,8 @@ def _gather_settings(given: dict[str, Any], resume: bool) -> dict[str, Any]:
     explicit["from_search"] = hub.pin(explicit["from_search"])
     result = hub.load_search(explicit["from_search"])
     found, used = settings_from_search(result, explicit.get("pick", "best")), result.recipe
+    if explicit.get("model", result.model) != result.model:
+        raise InputError(f"model {explicit['model']}: the search is of {result.model}, leave out --model")
     shipped = (used or "").removesuffix("-small") in shipped_recipes()
     base = load_recipe(str(used), TrainConfig) if shipped and not recipe else {}
     return {**base, **found, **explicit}

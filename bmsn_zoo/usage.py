@@ -139,7 +139,8 @@ def start_of(command: str) -> str:
     if command not in _RUNS:
         return f"python -m bmsn_zoo.{command}"
     beside = script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS
-    return f"accelerate launch {f'{command}.py' if beside else f'-m bmsn_zoo.{_MODULES[command]}'}"
+    shown = shlex.quote(os.path.relpath(script.with_name(f"{command}.py")))
+    return f"accelerate launch {shown if beside else f'-m bmsn_zoo.{_MODULES[command]}'}"
 
 
 def wrapped(command: str, indent: int = 4) -> str:

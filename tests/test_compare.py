@@ -177,7 +177,8 @@ def test_searches_are_measured_where_a_table_fits_and_compared_with_each_other(t
         (tmp_path / name).mkdir()
         result.write(tmp_path / name / "search.json")
         names.append(str(tmp_path / name))
-    assert compare.main(names) == 0
+    (tmp_path / "a training").mkdir()  # as one of runs/*
+    assert compare.main([*names, str(tmp_path / "a training")]) == 0
     found, told, other = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
     expected = quality({Layout.parse(entry.layout): entry.accuracy for entry in search.ranking}, TABLE.accuracy, MACS)
     assert found[:5] == ["found", "balanced", "4", "3-4-3", f"{100 * search.best.accuracy:.2f}"]

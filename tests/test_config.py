@@ -400,7 +400,7 @@ def test_resume_of_nothing(run_folder, tmp_path):
     folder, _ = run_folder
     with pytest.raises(InputError, match="give --output"):
         resolve_config(SearchConfig, {}, None, True)
-    with pytest.raises(InputError, match="holds no search to resume"):
+    with pytest.raises(InputError, match="nowhere is no folder, so there is nothing to resume"):
         resolve_config(SearchConfig, {}, tmp_path / "nowhere", True)
     with pytest.raises(InputError):  # a search is no training
         resolve_config(TrainConfig, {}, folder, True)

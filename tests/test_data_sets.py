@@ -172,7 +172,7 @@ def test_images_of_a_folder_are_in_the_split_that_it_shows(tmp_path, names, test
         (tree(["train/test", "train", "test"], ["a", "b"]), "is in two splits, test and train"),
         (["train/1.png", "train/2.png", "test/1.png"], "lie in no class folder"),
         (["train/1.png", "train/2.png"], "lie in no class folder"),
-        (["1.png", "2.png"], "no column of labels: it has image"),
+        (["1.png", "2.png"], "no column of labels, it has image: one subfolder for each class makes one"),
         (tree(["train", "test"], ["a", "b"]) + ["test/new/1.png"], "'new' occurs in no training image"),
     ],
     ids=["two splits", "no classes", "one split", "no folders", "new class"],

@@ -280,7 +280,7 @@ def test_reading_fails_in_one_line(fault, server, runs, tmp_path, capfd):
     server.put(SEARCH, searched(runs))
     server.fail("HEAD|GET", times=math.inf, **{"path": API, **how})
     line = fails_in_time(read, runs, tmp_path, capfd)
-    assert line.startswith(f"error: {SEARCH} on the Hub: ")
+    assert line.startswith(f"error: {SEARCH} is no folder here, and on the Hub: ")
     assert expected in line
     assert not (tmp_path / "trained").exists()
     server.faults.clear()

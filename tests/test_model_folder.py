@@ -127,8 +127,15 @@ def test_add_refuses_what_would_mislead(runs, tmp_path):
             add(runs.found, name, zoo=runs.zoo)
     with pytest.raises(InputError, match="exists already"):
         add(runs.found, "bmsn_resnet20", zoo=runs.zoo)
-    with pytest.raises(InputError, match=r"is no model folder: config.json is missing"):
-        add(tmp_path, "bmsn_resnet20_new", zoo=runs.zoo)
+    for run, message in (
+        (tmp_path, "holds no trained model: model is missing"),
+        (tmp_path / "nowhere", "nowhere is neither a folder here nor a model of the zoo"),
+        (runs.search, "is a search, whose supernets are no trained model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            add(run, "bmsn_resnet20_new", zoo=runs.zoo)
+    with pytest.raises(InputError, match="default bmsn_other is no model of the zoo"):
+        add(runs.found, "bmsn_resnet20_new", default="bmsn_other", zoo=runs.zoo)
     assert {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()} == before
 
 
@@ -196,7 +203,7 @@ def test_what_is_no_repeat_is_refused(runs, repeat, tmp_path):
         ([repeat(0, 0.5)], "s0-0.5 is no repeat: seed 0 is there already, give another one"),
         ([repeat(1, 0.5), repeat(1, 0.75)], "s1-0.75 is no repeat: seed 1 is there already"),
         ([runs.default], "is no repeat: its layout is 4-3-3"),
-        ([tmp_path], "is no model folder"),
+        ([tmp_path], "holds no trained model: model is missing"),
     ):
         with pytest.raises(InputError, match=said):
             add(runs.found, "bmsn_resnet20_new", repeats=repeats, zoo=zoo)

@@ -59,15 +59,29 @@ def test_a_network_of_timm_sees_what_timm_shows_it(tmp_path):
         assert abs(expected[int(label.removeprefix("class "))].item() - share) < 1e-5
 
 
+def test_images_that_cannot_be_read_are_told_after_the_others(tmp_path, capsys, caplog):
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    Image.effect_noise((20, 30), 90).save(tmp_path / "b.png")
+    for name in ("photo.HEIC", "raw.dng", "notes.txt"):
+        (tmp_path / name).touch()
+    assert run(predict, ZOO, tmp_path) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{tmp_path / 'b.png'}  ") and said.out.count("\n") == 1
+    assert said.err.startswith(f"error: {tmp_path / 'a.png'} cannot be read as an image: ")
+    assert said.err.endswith("; 2 of 3 cannot: remove or repair them\n")
+    assert f"{tmp_path / 'photo.HEIC'} and 1 other photos are of a format that cannot be read: left out" in caplog.text
+
+
 def test_mistakes_end_in_one_line(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
     for arguments, said in (
-        (["bmsn_nothing", tmp_path / "broken.png"], "model 'bmsn_nothing' is neither in the zoo"),
-        ([runs.search, tmp_path / "broken.png"], "is no model folder: config.json is missing"),
+        (["bmsn_nothing", tmp_path / "broken.png"], "bmsn_nothing is neither a folder here nor a model of the zoo"),
+        ([runs.search, tmp_path / "broken.png"], "is a search, whose supernets are no trained model: train what it found first"),
         ([ZOO, tmp_path / "nothing.png"], "nothing.png does not exist"),
         ([ZOO, tmp_path / "empty"], "empty holds no images"),
-        ([ZOO, tmp_path / "broken.png"], "broken.png cannot be read as an image"),
+        ([ZOO, tmp_path / "broken.png"], "broken.png cannot be read as an image: "),
         ([ZOO, tmp_path, "--top", 0], "top 0 is too small"),
     ):
         assert run(predict, *arguments) == 2

@@ -215,7 +215,7 @@ def test_starts_of_searches_that_cannot_be_used(trained, image_folder, tmp_path,
         ([image_folder], "holds no trained model: config.json is missing"),
         ([trained, "--model", "bmsn_resnet18"], "is a bmsn_resnet20, not a bmsn_resnet18: give --model bmsn_resnet20"),
         ([trained, "--pretrained"], "are two starts"),
-        ([trained, "--init-from", trained], "finished search"),
+        ([trained, "--init-from", trained], "is a training, not a search"),
     ):
         assert run(search_module, *base, *flags) == 2
         assert expected in capfd.readouterr().err.strip().splitlines()[-1]

@@ -39,8 +39,9 @@ def stratified_split(
         raise InputError(f"class {name} has one image, too few for {what}: it needs two or more")
     try:
         first, second = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise InputError(f"{len(labels)} images are too few for {what}: {' '.join(str(error).split())}") from None
+    except ValueError:
+        need = f"each part needs one image of each of the {len(classes)} classes"
+        raise InputError(f"{len(labels)} images are too few for {what}: {need}") from None
     return np.sort(first), np.sort(second)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _METADATA = {
 
 
 _VALIDATION = ("validation", "valid", "val")
+_UNREADABLE = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # photos of phones and cameras
 
 
 def default_test_split(splits: Any) -> str | None:
@@ -72,7 +73,8 @@ def load_splits(config: DataConfig) -> tuple[datasets.DatasetDict, bool]:
     except InputError:
         raise
     except Exception as error:  # whatever a loader of any format raises is about the user's data set
-        raise InputError(f"dataset {name!r} cannot be loaded: {_reason(error)}") from None
+        where = "" if path.is_dir() else "there is no such folder here, and from the Hub: "
+        raise InputError(f"dataset {name!r} cannot be loaded: {where}{_reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -212,7 +214,7 @@ def _splits_in(*names: str) -> set[str]:
 
 def _walk(path: Path) -> tuple[list[Path], list[Path]]:
     """All image files below a folder, through links too, and all metadata files; none if archives hold the images."""
-    images, metadata, known = [], [], frozenset(ImageFolder.EXTENSIONS)
+    images, metadata, others, known = [], [], list[str](), frozenset(ImageFolder.EXTENSIONS)
     for base, folders, names in os.walk(path, followlinks=True):
         home = Path(base)
         above = {folder.resolve() for folder in (home, *home.parents)}  # links back up would never end
@@ -225,4 +227,15 @@ def _walk(path: Path) -> tuple[list[Path], list[Path]]:
                 return [], []
             elif suffix in known and not name.startswith("."):
                 images.append(home / name)
+            else:
+                others.append(str(home / name))
+    tell_unreadable(others)
     return images, metadata
+
+
+def tell_unreadable(files: Sequence[str]) -> None:
+    """Warn of photos among files that are not taken for images, since nothing here reads their format."""
+    photos = [file for file in files if file.lower().endswith(_UNREADABLE)]
+    if photos:
+        others = f" and {len(photos) - 1} other photos" if len(photos) > 1 else ""
+        _log.warning("%s%s are of a format that cannot be read: left out; convert to JPEG", photos[0], others)

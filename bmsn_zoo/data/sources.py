@@ -123,6 +123,10 @@ class DataSource:
     def test(self, check: bool = False) -> ImageData:
         """The test images; search never calls this. `check` reads every one, even if they will be streamed."""
         data, count = self._load_other(self.held_out), len(self.held_out.rows)
+        absent = sorted(set(range(len(self.label_names))) - set(data.images.labels.tolist()))
+        if absent and check:
+            names = ", ".join(self.label_names[index] for index in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            _log.warning("no test image of %d of %d classes: %s", len(absent), len(self.label_names), names)
         if check and data.images.pixels is None:
             for _ in data.images.batches(np.array_split(np.arange(count), -(-count // 64))):
                 pass
@@ -309,7 +313,8 @@ def _find_column(features: datasets.Features, given: str | None, kind: str, data
         if not found and kind == "label":
             found = [name for name, feature in features.items() if _is_label(feature)]
     if not found:
-        raise InputError(f"dataset {dataset} has no column of {kind}s: it has {', '.join(features)}")
+        fix = ": one subfolder for each class makes one" if kind == "label" and list(features) == ["image"] else ""
+        raise InputError(f"dataset {dataset} has no column of {kind}s, it has {', '.join(features)}{fix}")
     if len(found) > 1:
         raise InputError(f"dataset {dataset} has several {kind} columns: choose --{kind}-column {' or '.join(found)}")
     feature = features[found[0]]
