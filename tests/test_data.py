@@ -679,7 +679,7 @@ def test_shards_of_a_batch_make_up_the_batch(processes):
         assert sorted(np.concatenate(parts)) == sorted(batch)
 
 
-@pytest.mark.parametrize(("count", "batch"), [(100, 16), (64, 16), (17, 16), (5, 16), (1, 1)])
+@pytest.mark.parametrize(("count", "batch"), [(100, 16), (64, 16), (17, 16), (5, 16), (1, 1), (20, 2), (2, 2)])
 def test_even_batches_cover_everything_once(count, batch):
     batches = even_batches(count, batch, np.random.default_rng(0))
     sizes = [len(positions) for positions in batches]
@@ -688,6 +688,10 @@ def test_even_batches_cover_everything_once(count, batch):
     assert len(batches) == -(-count // batch)
     assert sorted(np.concatenate(batches)) == list(range(count))
     assert count < 16 or np.concatenate(batches).tolist() != list(range(count))
+
+
+def test_no_image_is_alone_in_a_batch_whose_statistics_normalise_it():
+    assert sorted(map(len, even_batches(21, 2, np.random.default_rng(0)))) == [2] * 9 + [3]
 
 
 def test_random_streams_are_told_apart_by_every_argument():

@@ -36,7 +36,7 @@ def stratified_split(
     if len(classes) and counts.min() < 2:
         alone = classes[counts.argmin()]
         name = repr(names[alone]) if len(names) else alone
-        raise InputError(f"class {name} has one image, too few for {what}: it needs two or more")
+        raise InputError(f"class {name} has one image, too few for {what}: it needs two (is --limit too small?)")
     try:
         first, second = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
     except ValueError:
@@ -78,8 +78,11 @@ def shuffled_batches(
 
 
 def even_batches(count: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Positions of all images in random order, in as few batches of near-equal size as `batch_size` allows."""
-    return np.array_split(rng.permutation(count), -(-count // batch_size))
+    """Positions of all images in random order, in as few batches of near-equal size as `batch_size` allows.
+
+    Of two images at least, which a batch's statistics need, where there are two.
+    """
+    return np.array_split(rng.permutation(count), max(1, min(-(-count // batch_size), count // 2)))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
