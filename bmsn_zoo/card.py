@@ -16,7 +16,7 @@ from scipy.stats import binomtest, ttest_ind
 from .export import preparation
 from .files import write_text
 from .layout import Layout
-from .ranking import standard_error, ties
+from .ranking import standard_error, tied
 from .results import Entry, SearchResult, Segment, TrainResult, TrialResult
 from .search_space import backbone_of
 
@@ -150,7 +150,7 @@ def template_environment(autoescape: bool = False) -> jinja2.Environment:
         hardware=_hardware,
         command=_command,
     )
-    environment.globals.update(standard_error=standard_error, interval=interval, ties=ties, gain=gain)
+    environment.globals.update(standard_error=standard_error, interval=interval, tied=tied, gain=gain)
     return environment
 
 

@@ -1,22 +1,19 @@
 """Runs as one HTML page that needs no network: what was found, what it costs, and what to do next."""
 
-import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import ne
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
+from .axis import Axis
 from .card import percent, template_environment
 from .compare import compare_runs
 from .files import write_text
 from .layout import Layout
-from .ranking import spread, ties
+from .ranking import spread, tied
 from .results import Entry, Run, SearchResult, TrainResult, pareto_front
 from .search_space import backbone_of
 from .usage import start_of
@@ -25,50 +22,6 @@ _ROWS = 1000  # layouts that the tables and charts of a page show, the best ones
 _COLUMNS = 80  # layouts of an assignment that can be told apart
 _POINTS = 300  # of a curve
 _CURVES = 16
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Values along one side of a chart, from `start` to `end` in its picture.
-
-    Attributes:
-        low: value at the start.
-        high: value at the end.
-        start: place in the picture.
-        end: place in the picture.
-        log: whether equal ways are equal ratios.
-        ticks: values to write beside it.
-    """
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-    ticks: list[float]
-
-    @classmethod
-    def of(cls, values: Iterable[float], start: float, end: float, log: bool = False) -> "Axis":
-        """An axis that holds some values."""
-        found = list(values)
-        low, high = min(found), max(found)
-        if log := log and low > 0 and high > 2 * low:
-            subs, wide = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5, 7), high > 4 * low
-            ticks = [10.0**ten * sub for ten in range(math.floor(math.log10(low)), 10) for sub in subs]
-            low, high = low / 1.15, high * 1.05
-        else:
-            room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
-            wide, low, high = False, low - room, high + room
-        if not wide:
-            ticks = list(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
-        return cls(low, high, start, end, log, [tick for tick in map(float, ticks) if low <= tick <= high])
-
-    def at(self, value: float) -> float:
-        """Where in the picture a value lies."""
-        share = (value - self.low) / (self.high - self.low)
-        if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        return round(self.start + (self.end - self.start) * share, 1)
 
 
 def _curves(title: str, epochs: Sequence[int], lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -150,8 +103,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
         "charts": charts,
         "matrix": [(entry.layout, shares[entry.layout]) for entry in columns],
         "front": {entry.layout for entry in result.pareto_front},
-        "ties": {e.layout for e in kept if e != best and ties(e.accuracy, best.accuracy, images)}
-        if result.probability is None else set(),
+        "ties": {entry.layout for entry in kept if tied(result, entry, images)},
         "gain": default and (best.accuracy - default.accuracy, spread(default.accuracy, best.accuracy, images)),
         "stairs": {e.layout: stairs(e.layout, result.model, result.dataset.image_size)
                    for e in (*result.pareto_front[:60], *([default] if default else []))},

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import comb, hypot, sqrt
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ def build_result(
     in_chans: int,
     own: Sequence[int] | None = None,
     probability: Sequence[float] | None = None,
+    trained_epochs: Sequence[int] | None = None,
 ) -> Ranking:
     """Ranking, accuracies, the best layouts and the Pareto front.
 
@@ -32,6 +34,7 @@ def build_result(
         in_chans: channels of the images.
         own: the supernet that alone says how good each layout is; the best of all says so if None.
         probability: of every layout, (L,), what to rank by instead.
+        trained_epochs: of every layout, (L,), if some were trained alone for longer: they come first.
     """
     supernet = accuracy.argmax(1) if own is None else torch.tensor(own)
     best = accuracy[torch.arange(len(space)), supernet]
@@ -46,13 +49,16 @@ def build_result(
     ]
     layouts = [str(layout) for layout in space]
     values = None if probability is None else dict(zip(layouts, probability, strict=True))
+    trained = None if trained_epochs is None else dict(zip(layouts, trained_epochs, strict=True))
+    longer: dict[str, Any] = {} if trained_epochs is None else {"trained_epochs": list(trained_epochs)}
     return Ranking(
         model=space.name,
         mixture_size=accuracy.shape[1],
-        **rank(entries, str(space.default_layout), values),
+        **rank(entries, str(space.default_layout), values, trained),
         layouts=layouts,
         accuracy_matrix=accuracy.tolist(),
         probability=None if probability is None else list(probability),
+        **longer,
     )
 
 
@@ -73,6 +79,13 @@ def spread(accuracy: float, first: float, images: int, first_images: int | None 
 def ties(accuracy: float, first: float, images: int) -> bool:
     """Whether two accuracies (fractions) on so many images are no further apart than their `spread`."""
     return abs(first - accuracy) <= spread(accuracy, first, images)
+
+
+def tied(found: Ranking, entry: Entry, images: int) -> bool:
+    """Whether a layout, not the first, cannot be told from it by accuracies, where these rank both."""
+    trained = found.trained or {}
+    alike = found.probability is None and trained.get(entry.layout) == trained.get(found.best.layout)
+    return alike and entry.layout != found.best.layout and ties(entry.accuracy, found.best.accuracy, images)
 
 
 def why_undecided(found: Ranking, chance: float, images: int) -> str | None:

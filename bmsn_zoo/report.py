@@ -17,7 +17,7 @@ from .errors import InputError
 from .files import read_text
 from .layout import Layout
 from .progress import duration
-from .ranking import standard_error, ties
+from .ranking import standard_error, tied
 from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
 from .search_space import backbone_of
 from .usage import parser_of, start_of, wrapped
@@ -179,7 +179,7 @@ def _draw_accuracy_against(
     """`shown` is a layout to mark."""
     from matplotlib.ticker import NullLocator
 
-    from .page import Axis
+    from .axis import Axis
 
     def points(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
         return [price(entry) for entry in entries], [100 * entry.accuracy for entry in entries]
@@ -288,13 +288,13 @@ def draw_confusion(confusion: Any, classes: Sequence[str], path: Path) -> None:
 def search_table(result: SearchResult, top: int = 5) -> str:
     """The best layouts, the default one and the Pareto front as a text table; every layout once in each part."""
 
-    images, first, latency = result.dataset.score_images, result.best.accuracy, result.latency
+    images, latency = result.dataset.score_images, result.latency
 
     def row(place: int, entry: Entry, note: str = "") -> str:
-        tied = entry.layout != result.best.layout and ties(entry.accuracy, first, images) and not result.probability
         accuracy = f"{percent(entry.accuracy):>8} ± {100 * standard_error(entry.accuracy, images):.2f}"
         took = f"  {latency.single.of(entry.layout):>7.2f}" if latency else ""
-        note = ("~ " * tied + note.replace("best within the default's MACs", "best within its MACs")).strip()
+        tie, note = tied(result, entry, images), note.replace("best within the default's MACs", "best within its MACs")
+        note = ("~ " * tie + note).strip()
         return f"{place:>5}  {entry.layout:<12}  {accuracy:>15}  {entry.macs / 1e6:>8.1f}{took}  {note}".rstrip()
 
     rows = [
@@ -321,6 +321,9 @@ def print_search(folder: Path) -> None:
         f"{search_table(result)}\n{verdict}"
         f"results and pictures: {folder}\n"
     )
+    if result.confirmed and not result.confirmed.abstains:
+        again = f"{start_of('compare')} --layouts default,best --seeds 3 --from-search {shlex.quote(str(folder))}"
+        sys.stdout.write(f"p is of one seed; to try more:\n{wrapped(again)}\n")
     for pick, name in _NAMES.items():
         if pick == "best" or result.default:
             command = f"{start_of('train')} --from-search {shlex.quote(str(folder))}"

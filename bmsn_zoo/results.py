@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from statistics import quantiles
+from statistics import NormalDist, quantiles
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -28,7 +28,7 @@ from .layout import Layout
 from .search_space import SearchSpace
 
 SCHEMA_VERSION: Literal[2] = 2
-_LEVEL = 0.05  # of significance
+LEVEL = 0.05  # of significance
 CHOICES = ("best", "best_within_default_macs", "default")  # entries of a search that have a name
 
 
@@ -324,15 +324,22 @@ def pareto_front(entries: Iterable[Entry], price: Callable[[Entry], float] = lam
     return front
 
 
-def rank(entries: Iterable[Entry], default: str | None, values: Mapping[str, float] | None = None) -> dict[str, Any]:
+def rank(
+    entries: Iterable[Entry],
+    default: str | None,
+    values: Mapping[str, float] | None = None,
+    trained: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """The entries of a search as `Ranking` holds them, those that have a name among it.
 
     Args:
         values: of every layout, to rank by instead of accuracies; higher is better.
+        trained: epochs of every layout, if some were trained for longer, which then come first.
     """
 
-    def place(entry: Entry) -> tuple[float, int, str]:
-        return -(values[entry.layout] if values else entry.accuracy), entry.macs, entry.layout
+    def place(entry: Entry) -> tuple[int, float, int, str]:
+        name = entry.layout
+        return -(trained or {}).get(name, 0), -(values[name] if values else entry.accuracy), entry.macs, name
 
     ranking = sorted(entries, key=place)
     usual = next((entry for entry in ranking if entry.layout == default), None)
@@ -350,6 +357,8 @@ class Ranking(Record):
         layouts: the search space in its order, that of the matrices' rows; the default need not be among them.
         accuracy_matrix: on the score split, fractions, (L, M).
         probability: of each layout among all, (L,), where that ranks them instead of accuracies (relaxed searches).
+        trained_epochs: of each layout, (L,), where some were trained alone for longer than others (halving): those
+            that were are ranked before the others.
     """
 
     model: str
@@ -362,6 +371,7 @@ class Ranking(Record):
     layouts: Annotated[list[LayoutText], FailFast()]
     accuracy_matrix: Matrix
     probability: Annotated[list[Share] | None, FailFast()] = None
+    trained_epochs: Annotated[list[Count] | None, FailFast()] = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -377,10 +387,11 @@ class Ranking(Record):
             row = rows[entry.layout]
             if not (entry.supernet < len(row) and entry.accuracy == row[entry.supernet]):
                 raise ValueError(f"it ranks {entry.layout} by another accuracy than it holds")
-        if self.probability is not None and len(self.probability) != len(space):
-            raise ValueError(f"its probabilities are not of {len(space)} layouts")
-        values = self.values if self.probability else None
-        for name, value in rank(self.ranking, self.default.layout if self.default else None, values).items():
+        for each in (self.probability, self.trained_epochs):
+            if each is not None and len(each) != len(space):
+                raise ValueError(f"its probabilities or epochs are not of {len(space)} layouts")
+        values, trained = self.values if self.probability else None, self.trained
+        for name, value in rank(self.ranking, self.default.layout if self.default else None, values, trained).items():
             if getattr(self, name) != value:
                 raise ValueError(f"its {name} is not what its {self.ranked_by} says")
         return self
@@ -389,6 +400,12 @@ class Ranking(Record):
     def ranked_by(self) -> str:
         """What `values` are."""
         return "score-split accuracy" if self.probability is None else "learned probability"
+
+    @property
+    def trained(self) -> dict[str, int] | None:
+        """Epochs of each layout, where some were trained for longer than others."""
+        known = self.trained_epochs
+        return None if known is None else dict(zip(self.layouts, known, strict=True))
 
     @property
     def values(self) -> dict[str, float]:
@@ -445,7 +462,7 @@ class Choice(Record):
     @property
     def wins(self) -> bool:
         """Whether it is shown to be better than the default."""
-        return self.p_value is not None and self.p_value < _LEVEL and self.better > self.worse
+        return self.p_value is not None and self.p_value < LEVEL and self.better > self.worse
 
 
 class Confirmation(Record):
@@ -492,14 +509,15 @@ class Confirmation(Record):
     def cheaper_tie(self) -> str | None:
         """The most accurate choice that costs less than the default and ties with it, if no winner does: no winner."""
         usual = next(choice for choice in self.choices if choice.layout == self.default)
-        cheaper = [c for c in self.choices if c.macs < usual.macs and c.p_value is not None and c.p_value >= _LEVEL]
+        cheaper = [c for c in self.choices if c.macs < usual.macs and c.p_value is not None and c.p_value >= LEVEL]
         if self.best_within_default_macs != self.default or not cheaper:
             return None
         choice = max(cheaper, key=lambda choice: (choice.right, -choice.macs))
         gap, images = choice.better - choice.worse, choice.images
         # of paired differences, by Bonett and Price (2012): two more images, one for each side, so that it has a width
         likely, differing = gap / (images + 2), (choice.better + choice.worse + 2) / (images + 2)
-        half = 1.96 * ((differing - likely**2) / (images + 2)) ** 0.5
+        comparisons = len(self.choices) - 1  # all of which it is corrected for, as p is
+        half = NormalDist().inv_cdf(1 - LEVEL / 2 / comparisons) * ((differing - likely**2) / (images + 2)) ** 0.5
         low, mean, high = (f"{100 * value:+.1f}" for value in (likely - half, gap / images, likely + half))
         cost = f"{choice.macs / usual.macs:.2f} of its cost"
         return f"{choice.layout} ties with {self.default} at {cost}: {mean} points, 95 % interval {low} to {high}"
@@ -521,7 +539,7 @@ def _conclusions(choices: Sequence[Choice], default: str) -> dict[str, str]:
     within = next((choice for choice in choices if choice.wins and choice.macs <= usual.macs), usual)
     verdict = f"no layout beats the default: keep {default}"
     if best.p_value is not None:
-        level = next((level for level in (0.001, 0.01) if best.p_value < level), _LEVEL)
+        level = next((level for level in (0.001, 0.01) if best.p_value < level), LEVEL)
         points, evidence = 100 * (best.accuracy - usual.accuracy), f"p < {level}, {best.images:,} images, 1 seed"
         verdict = f"{best.layout} beats the default {default} by {points:.1f} points ({evidence})"
     return {"best": best.layout, "best_within_default_macs": within.layout, "verdict": verdict}
@@ -536,7 +554,8 @@ class SearchResult(Ranking, Run):
         assignment_matrix: p(supernet given layout), (L, M); None where the strategy has none.
         scores: moving averages of the score accuracy that the strategy went by, fractions, (L, M); None likewise.
         spent_macs: multiply-accumulates of the convolutions of the whole run: training steps three times their
-            forward, scoring and the last evaluation (of layouts that begin alike, what they share counts once).
+            forward, scoring, all evaluations (of layouts that begin alike, what they share counts once), and the
+            confirmation.
         norms: those of its supernets.
         details: what else the strategy says of its search.
         confirmed: what its choices showed when they were trained alone; None if they were not.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
 from . import __version__
@@ -80,7 +80,7 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
         for name in PROCESS_VARIABLES:
             os.environ.pop(name, None)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").strip().lower()
-    if backend != "no" and backend not in torch._dynamo.list_backends(exclude_tags=None):
+    if backend != "no" and backend not in torch.compiler.list_backends(exclude_tags=None):
         raise InputError(f"dynamo_backend {backend!r} is unknown to this torch: launch with inductor or no")
     try:
         torch.zeros(1, device=os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")).tolist()
@@ -118,7 +118,7 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
     several = {"MASTER_ADDR", "ACCELERATE_DYNAMO_MODE"} <= set(os.environ) and "TORCHELASTIC_RUN_ID" not in os.environ
     if processes == 1 and several:
         _log.warning("accelerate launch was asked for several processes but starts one on CPUs: use torchrun")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(
         mixed_precision=precision,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bmsn_zoo import InputError, SearchSpace
-from bmsn_zoo.ranking import build_result, ties, why_undecided
+from bmsn_zoo.ranking import build_result, tied, ties, why_undecided
 from bmsn_zoo.results import Entry, Ranking, pareto_front
 
 SPACE = SearchSpace("bmsn_resnet20")
@@ -66,6 +66,18 @@ def test_part_of_a_search_space_with_its_default_or_without(layouts):
     damaged = {**result.model_dump(), "layouts": layouts[:2]}
     with pytest.raises(ValueError, match="does not rank the 2 layouts"):
         type(result).model_validate(damaged)
+
+
+def test_layouts_that_were_trained_for_longer_come_first_and_tie_with_their_like_alone():
+    accuracy, epochs = torch.full((36, 1), 0.5, dtype=torch.float64), [3] * 36
+    accuracy[7], accuracy[5], accuracy[9], epochs[5], epochs[9] = 0.9, 0.7, 0.69, 27, 27
+    result = build_result(SPACE, accuracy, 32, 3, trained_epochs=epochs)
+    assert [entry.layout for entry in result.ranking[:3]] == [str(list(SPACE)[index]) for index in (5, 9, 7)]
+    assert result.best.accuracy == 0.7
+    assert [entry.layout for entry in result.ranking if tied(result, entry, 10)] == [str(list(SPACE)[9])]
+    assert type(result).model_validate(result.content()) == result
+    with pytest.raises(ValueError, match="its best is not what its score-split accuracy says"):
+        type(result).model_validate({**result.content(), "trained_epochs": [3] * 36})
 
 
 def test_cheaper_layout_wins_a_tie():

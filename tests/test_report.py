@@ -14,7 +14,7 @@ from pictures import drawn
 from small_runs import latency_of, run
 
 from bmsn_zoo import report
-from bmsn_zoo.page import Axis
+from bmsn_zoo.axis import Axis
 from bmsn_zoo.ranking import ties
 from bmsn_zoo.report import search_table
 from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult

@@ -4,7 +4,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, takewhile
 from statistics import mean
 from typing import Any
@@ -16,9 +16,8 @@ from .. import progress
 from ..config import SearchConfig
 from ..errors import InputError
 from ..files import write_text
-from ..layout import Layout
 from ..ranking import build_result
-from ..results import TrialResult
+from ..results import Ranking, TrialResult
 from ..run_folder import RunFolder
 from ..search_base import SearchBase
 from ..training import Training
@@ -111,26 +110,27 @@ class PlanSearch(SearchBase):
             f"{100 * held:.2f} %, {seconds:.0f} s"
         )
 
-    def _write_result(self) -> None:
-        """Write search.json, and the table of a brute force."""
-        config = self.config
-        longest: dict[Layout, int] = {}
-        for trial in self.done:
-            longest[trial.layout] = max(trial.epochs, longest.get(trial.layout, 0))
-        # of several seeds the mean, after the longest training of a layout
+    def _ranking(self, which: Callable[..., int]) -> Ranking:
+        """The layouts, by those trainings of each whose epochs `which` chooses; of several seeds the mean."""
+        chosen = {one: which(t.epochs for t in self.done if t.layout == one) for one in {t.layout for t in self.done}}
         accuracy = {
             layout: mean(r.holdout_accuracy for t, r in self.done.items() if t.layout == layout and t.epochs == epochs)
-            for layout, epochs in longest.items()
+            for layout, epochs in chosen.items()
         }
         space = self.space.subset(accuracy)
         matrix = torch.tensor([[accuracy[layout]] for layout in space], dtype=torch.float64)
-        found = build_result(space, matrix, self.source.image_size, config.in_chans)
+        trained = [chosen[layout] for layout in space] if len({*chosen.values()}) > 1 else None
+        return build_result(space, matrix, self.source.image_size, self.config.in_chans, trained_epochs=trained)
+
+    def _write_result(self) -> None:
+        """Write search.json, and the table of a brute force."""
+        config, found = self.config, self._ranking(max)
         if config.strategy == "brute-force":
             self._write_table()
         trials: list[Any] = [_describe(trial, result) for trial, result in self.done.items()]
         self.write_result(
             found,
-            undecided=self.why_undecided(found),
+            undecided=self.why_undecided(self._ranking(min)),  # after trainings that are all alike
             epochs=config.epochs or 1,
             spent_macs=sum(result.spent_macs for result in self.done.values()),
             details={"trials": trials},
