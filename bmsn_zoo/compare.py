@@ -30,7 +30,7 @@ from .layout import Layout
 from .progress import Bar
 from .search_space import SearchSpace
 from .trials import PLANS
-from .trials.repeat import retrain
+from .trials.repeat import train_again
 from .usage import parser_of
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ Mean and deviation over the seeds. Accuracy, of the layout found when it is trai
 the best layout has more, front the same within every budget of multiply-accumulates (mean, and worst). 10^15:
 multiply-accumulates of the search. -random: accuracy above that of the best of as many random trainings as the search
 and the training of its choice cost together. warm: the first 40 % draw uniformly. own: by the scores that the strategy
-drew by, without the evaluation of all layouts. random trains 8 layouts alone, evolution 18."""
+drew by, without the evaluation of all layouts. random trains 8 layouts alone, evolution 18. Draws are random, as
+published, but where a row says that they are in rounds."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,13 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
     """The cells of a table of finished searches, measured against published accuracies where a table fits.
 
     Args:
-        names: run folders, or searches on the Hub, see `hub.load_search`; folders of anything else are left out, if there are others.
+        names: run folders, or searches on the Hub, see `hub.load_search`; beside those, folders of anything else are
+            left out.
     """
-    others = [name for name in names if Path(name).is_dir() and not (Path(name) / "search.json").is_file()]
-    if 0 < len(others) < len(names):
-        _log.info("left out, as no finished searches: %s", ", ".join(others))
-        names = [name for name in names if name not in others]
+    unfit = [name for name in names if Path(name).is_dir() and not (Path(name) / "search.json").is_file()]
+    if 0 < len(unfit) < len(names):
+        _log.info("left out, as no finished searches: %s", ", ".join(unfit))
+        names = [name for name in names if name not in unfit]
     results = [hub.load_search(name) for name in names]
     scores = [{Layout.parse(layout): value for layout, value in result.values.items()} for result in results]
     cells = [["run", "strategy", "M", "found", "score", "agree", "tau", "regret", "front", "accuracy", "10^15"]]
@@ -218,7 +220,9 @@ def compare_runs(names: Sequence[str]) -> list[list[str]]:
         found = result.to_train("best")
         others = [there for there in zip(results, scores, strict=True) if there[0] is not result]
         agree = [
-            agreement(own, other) for there, other in others if (there.model, set(other)) == (result.model, set(own))
+            agreement(own, other)
+            for there, other in others
+            if (there.model, there.dataset.id, set(other)) == (result.model, result.dataset.id, set(own))
         ]
         known, measured = f"{Path(result.dataset.id).name}-{result.model.removeprefix('bmsn_')}", ["-"] * 4
         if known in reference.names() and set(own) <= set(reference.table(known).accuracy):
@@ -254,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.output and not given.benchmark:
             raise InputError("output is for the table of --benchmark: leave it out")
         if given.layouts:
-            cells, lines = retrain(given.from_search, given.layouts, given.seeds, **own)
+            cells, lines = train_again(given.from_search, given.layouts, given.seeds, **own)
             sys.stdout.write(_text(cells) + "".join(f"{line}\n" for line in lines))
             return
         if given.run:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 from small_runs import latency_of
 
 from bmsn_zoo import InputError, Layout, SearchSpace, benchmark, compare, reference, searching
@@ -250,6 +251,18 @@ def test_images_vote_for_a_layout_by_seeds():
     wide = {"a": one.repeat(1, 3), "b": other.repeat(1, 3)}
     assert "b beats a" in repeat._cells(wide, {"a": 1, "b": 1})[1][-1]
     assert "a is worse than b" in repeat._cells(dict(reversed(wide.items())), {"a": 1, "b": 1})[1][-1]
+
+
+def test_seeds_that_disagree_show_nothing_however_many_images_vote():
+    usual = torch.zeros(3, 1000, dtype=torch.int)
+    usual[:, :500] = 1
+    other = usual.clone()
+    other[:2, 500:540] = 1  # better with two seeds, and with the third one far worse
+    other[2, :100] = 0
+    cells, (*_, verdict) = repeat._cells({"4-3-3": usual, "5-3-2": other}, {"4-3-3": 100, "5-3-2": 120})
+    expected = ttest_rel(other.double().mean(1), usual.double().mean(1)).pvalue
+    assert float(cells[2][-1]) == pytest.approx(expected, abs=5e-3)
+    assert verdict.startswith("5-3-2 ties with 4-3-3: -0.67 points")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def paired_tests(right: Mapping[str, Tensor]) -> dict[str, tuple[int, int, float
 
     Under the hypothesis that two layouts are equally good, those images that one of them gets right with more seeds
     than the other (with one seed: alone) are either's with probability 1/2. p is two-sided, and Holm's for all
-    comparisons: the chance of any false winner.
+    comparisons. It speaks of these trainings on other images: what other seeds would give, one seed does not tell.
 
     Args:
         right: for every layout, with how many seeds each image is classified correctly, int (N,).
@@ -99,9 +99,14 @@ def paired_tests(right: Mapping[str, Tensor]) -> dict[str, tuple[int, int, float
         better, worse = ((right[a] > right[b]).sum().item() for a, b in ((layout, default), (default, layout)))
         p = float(binomtest(int(better), int(better + worse)).pvalue) if better + worse else 1.0
         found[layout] = int(better), int(worse), p
-    highest = 0.0
-    for place, layout in enumerate(sorted(others, key=lambda layout: found[layout][2])):
-        better, worse, p = found[layout]
-        highest = max(highest, min(1.0, (len(others) - place) * p))
-        found[layout] = better, worse, highest
-    return found
+    corrected = holm({layout: p for layout, (_, _, p) in found.items()})
+    return {layout: (better, worse, corrected[layout]) for layout, (better, worse, _) in found.items()}
+
+
+def holm(found: Mapping[str, float]) -> dict[str, float]:
+    """p of several comparisons, each as if it were the only one, so that any false winner has that chance."""
+    corrected, highest = dict[str, float](), 0.0
+    for place, name in enumerate(sorted(found, key=found.__getitem__)):
+        highest = max(highest, min(1.0, (len(found) - place) * found[name]))
+        corrected[name] = highest
+    return {name: corrected[name] for name in found}

@@ -7,16 +7,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from scipy.stats import t
+from scipy.stats import t, ttest_1samp
 
 from .. import runtime
 from ..card import interval
 from ..config import SearchConfig, TrainConfig, build_config, fit_training, with_reachable_data
 from ..errors import InputError
 from ..layout import Layout
-from ..results import LatencyResult, SearchResult, TrialResult
+from ..results import LEVEL, LatencyResult, SearchResult, TrialResult
 from ..run_folder import load_tensors
-from .confirm import paired_tests
+from .confirm import holm, paired_tests
 from .protocol import Trial
 from .runner import Runner, trial_folder
 
@@ -39,7 +39,7 @@ def layouts_named(result: SearchResult, names: str) -> list[str]:
     return layouts
 
 
-def retrain(
+def train_again(
     home: Path, names: str, seeds: int, epochs: int | None = None, **workers: Any
 ) -> tuple[list[list[str]], list[str]]:
     """Train layouts of a search on its weight split and measure them on its score split; test images stay closed.
@@ -90,10 +90,16 @@ def retrain(
 def _cells(
     masks: dict[str, torch.Tensor], macs: dict[str, int], latency: LatencyResult | None = None
 ) -> tuple[list[list[str]], list[str]]:
-    """The table and its lines, from which images (seeds, N) each layout gets right, and what they cost."""
-    tests = paired_tests({layout: mask.sum(0) for layout, mask in masks.items()})
+    """The table and its lines, from which images (seeds, N) each layout gets right, and what they cost.
+
+    p is the larger one of two, for other images (`paired_tests`) and, of several seeds, for other seeds (Student's).
+    """
     (first, base), cells, lines = next(iter(masks.items())), [], []
     seeds, images = base.shape
+    tests = {layout: p for layout, (_, _, p) in paired_tests({one: mask.sum(0) for one, mask in masks.items()}).items()}
+    if seeds > 1:
+        by_seed = holm({layout: _students_p((masks[layout] - base).double().mean(1)) for layout in tests})
+        tests = {layout: max(p, by_seed[layout]) for layout, p in tests.items()}
     for layout, mask in masks.items():
         each = (100 * mask.double().mean(1)).tolist()
         cost = f"{macs[layout] / macs[first]:.2f}"
@@ -102,9 +108,9 @@ def _cells(
         if layout == first:
             cells.append([*row, "-", "-", "-"])
             continue
-        gaps, (better, worse, p) = (100 * (mask - base).double().mean(1)).tolist(), tests[layout]
+        gaps, p = (100 * (mask - base).double().mean(1)).tolist(), tests[layout]
         cells.append([*row, f"{mean(gaps):+.2f}", _spread(gaps), f"{p:.2g}"])
-        shown = "ties with" if p >= 0.05 else "beats" if better > worse else "is worse than"
+        shown = "ties with" if p >= LEVEL else "beats" if mean(gaps) > 0 else "is worse than"
         lines.append(f"{layout} {shown} {first}: {mean(gaps):+.2f} points at {cost} times its cost")
     head = ["layout", "accuracy", "95 %", "MACs (M)", "cost", "ms", "gain", "95 %", "p"]
     told = (
@@ -112,6 +118,13 @@ def _cells(
     )
     timed = f"one image, {latency.where}, as the search timed it" if latency else "the search timed none (--no-latency)"
     return [head, *cells], [told, f"ms: {timed}", *lines]
+
+
+def _students_p(gaps: torch.Tensor) -> float:
+    """Student's two-sided p of differences over seeds, (S,): that their mean is 0."""
+    if gaps.max() == gaps.min():  # has no deviation
+        return float(gaps[0] == 0)
+    return float(ttest_1samp(gaps.numpy(), 0).pvalue)
 
 
 def _spread(values: Sequence[float], images: int | None = None) -> str:
