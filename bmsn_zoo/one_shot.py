@@ -240,7 +240,8 @@ class OneShotSearch(SearchBase):
         _log.info(
             f"search: {len(self.space)} layouts of {config.model} at {self.source.image_size} pixels "
             f"({self.source.size_origin}); {len(self.weight_split)} images train, {len(self.score_split)} score; "
-            f"mixture of {config.mixture_size}, batches of {config.batch_size}; "
+            f"{f'mixture of {config.mixture_size}' if config.mixture_size > 1 else 'one supernet'}, "
+            f"batches of {config.batch_size}; "
             f"{'about ' if config.budget else ''}{steps} steps"
             f"{f' in {config.epochs} epochs' if config.epochs else ''}, {each} for each supernet"
         )
@@ -276,6 +277,7 @@ class OneShotSearch(SearchBase):
             confirmed = confirm(found, config, length, home, self.accelerator, mixture.supernets)
         elif config.confirm and self.accelerator.is_main_process:
             _log.warning("nothing is confirmed: the default layout %s was not searched", self.space.default_layout)
+        self.accelerator.wait_for_everyone()  # all have read the checkpoints that the first one removes
         if self.accelerator.is_main_process:
             self._write_result(found, confirmed, epochs)
         self.accelerator.wait_for_everyone()
@@ -355,7 +357,7 @@ class OneShotSearch(SearchBase):
         }
         watched = config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and not spending.over(steps)
         if watched and spending.affords(spending.evaluation):
-            best = self._evaluate_all().amax(1).tolist()
+            best = self._ranked_by(self._evaluate_all())
             spending.paid += spending.evaluation
             row["accuracy"] = {str(layout): value for layout, value in zip(self.space, best, strict=True)}
         row["spent_macs"] = spending.spent
@@ -363,6 +365,11 @@ class OneShotSearch(SearchBase):
             shown = f"{measured} accuracy {100 * accuracy / sum(draws):.2f} %"
             progress.tell(f"{self._title(epoch)}: loss {row['loss']:.3f}, {shown}, {row['seconds']:.0f} s")
         return row
+
+    def _ranked_by(self, accuracy: Tensor) -> list[float]:
+        """Of each layout its accuracy under the supernet that ranks it: its own, or its best one."""
+        own = self.strategy.own
+        return (accuracy.amax(1) if own is None else accuracy[torch.arange(len(accuracy)), torch.tensor(own)]).tolist()
 
     def _evaluate_all(self) -> Tensor:
         """Accuracy of every layout under every supernet on all score images, float64 (L, M) on the CPU.
@@ -388,7 +395,7 @@ class OneShotSearch(SearchBase):
         save_tensors(folder.path / "supernets.safetensors", mixture.state_dict())
         said = self.strategy.result()
         if len(self.late) > 1:
-            said["details"] = {**said.get("details", {}), "late_accuracies": [a.amax(1).tolist() for a in self.late]}
+            said["details"] = {**said.get("details", {}), "late_accuracies": [*map(self._ranked_by, self.late)]}
         self.write_result(
             found,
             undecided=self.why_undecided(found) if confirmed is None else confirmed.abstains,

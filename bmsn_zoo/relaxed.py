@@ -86,7 +86,10 @@ class Architecture:
     Attributes:
         alpha: (U - 1, S), for all units but the first.
         optimizer: of alpha.
+        own: None; there is one supernet.
     """
+
+    own = None
 
     def __init__(self, space: SearchSpace, config: SearchConfig, device: torch.device) -> None:
         self.space, self.simplex = space, config.strategy == "gaea"

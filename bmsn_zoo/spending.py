@@ -19,7 +19,7 @@ class Spending:
     they cost. What the evaluations need that its ranking comes from is put aside.
 
     Args:
-        config: `budget`, `epochs`, `evaluate_last`, `warmup_epochs`.
+        config: `budget`, `epochs`, `evaluate_last`, `evaluate_every`, `parallel`.
         epoch_steps: of all processes.
         costs: multiply-accumulates of a step with each layout.
         evaluation: multiply-accumulates of one evaluation of all layouts.
@@ -52,7 +52,7 @@ class Spending:
             least = config.evaluate_last * evaluation + self.dearest
             raise InputError(
                 f"budget {config.budget:.4g} is too small: give at least {least} multiply-accumulates, which pay for "
-                "one step and the evaluation of all layouts"
+                f"one step and {config.evaluate_last} evaluation(s) of all layouts"
             )
         self.last = self._limit / self._mean
 

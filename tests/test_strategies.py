@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bmsn_zoo import searching as search
 from bmsn_zoo.config import SearchConfig
 from bmsn_zoo.results import SearchResult
 from bmsn_zoo.run_folder import RunFolder
+from bmsn_zoo.spending import decay_powers
 from bmsn_zoo.strategies import STRATEGIES, BalancedMixture, Draw, create_strategy
 
 ALL = range(4)
@@ -427,6 +429,45 @@ def test_a_split_copies_the_first_supernet_and_starts_rates_anew(image_folder, t
     (weights,) = seen
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert rates[0] == 0.1 and rates[3] < 0.01 < 0.09 < rates[4] and rates[-1] == pytest.approx(0.001)
+
+
+def test_late_accuracies_of_fixed_are_those_that_its_ranking_is_the_mean_of(image_folder, tmp_path):
+    """Each layout's own supernet counts, however well it does under another one."""
+    settings = ["--dataset", str(image_folder), "--batch-size", "8", "--mixture-size", "4", "--epochs", "2"]
+    settings += ["--mixed-precision", "no", "--strategy", "fixed", "--evaluate-last", "2"]
+    assert search.main([*settings, "--output", str(tmp_path / "run")]) == 0
+    found = SearchResult.read(tmp_path / "run" / "search.json")
+    accuracy = {entry.layout: entry.accuracy for entry in found.ranking}
+    mean = np.mean(found.details["late_accuracies"], 0)
+    assert mean.tolist() == pytest.approx([accuracy[layout] for layout in found.layouts])
+    assert not np.allclose(mean, np.max(found.accuracy_matrix, 1)), "or this shows nothing"
+
+
+def test_rates_and_momentum_are_those_of_the_layout_that_is_drawn(image_folder, tmp_path, monkeypatch):
+    """As searches train by themselves: the rate decays by the layout's cost, each quarter by cost has its momentum."""
+    steps, rates = [], {}
+
+    def noted(optimizer, rate):
+        rates[id(optimizer)] = rate
+
+    def watched(trainer, layout, *more):
+        steps.append((layout, id(trainer.optimizer), rates[id(trainer.optimizer)]))
+        return train_and_score(trainer, layout, *more)
+
+    train_and_score = search.train_and_score
+    monkeypatch.setattr(search, "set_learning_rate", noted)
+    monkeypatch.setattr(search, "train_and_score", watched)
+    settings = ["--dataset", str(image_folder), "--batch-size", "8", "--epochs", "18", "--mixed-precision", "no"]
+    assert search.main([*settings, "--output", str(tmp_path / "run")]) == 0
+    space = list(SPACE)
+    assert Counter(layout for layout, *_ in steps) == dict.fromkeys(space, 2), "72 steps, in rounds"
+    macs = [SPACE.macs(layout, 16) for layout in space]
+    powers = dict(zip(space, decay_powers(SearchConfig(), macs), strict=True))
+    for step, (layout, _, rate) in enumerate(steps):
+        assert rate == pytest.approx(0.05 * (1 - step / 71) ** powers[layout])
+    by_cost = sorted(space, key=lambda layout: SPACE.macs(layout, 16))
+    quarters = [{momentum for layout, momentum, _ in steps if layout in by_cost[n : n + 9]} for n in range(0, 36, 9)]
+    assert [len(quarter) for quarter in quarters] == [1] * 4 and len(set().union(*quarters)) == 4
 
 
 @pytest.mark.parametrize("name", ["uniform", "fixed", "boltzmann", "mcts"])
