@@ -37,6 +37,7 @@ from bmsn_zoo.data import DataSource
 from bmsn_zoo.files import write_json
 
 ROOT = Path(__file__).parents[1]
+ONLY = ("--confirm", "0", "--no-latency")  # nothing but the search
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
@@ -133,7 +134,7 @@ def search_process(
 def mixture_parallel(config: SearchConfig, repeats: int) -> dict[str, float]:
     """Steps per second of two processes of one thread, each with a supernet of its own, over those of one process."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = ["--threads", "1", "--mixture-size", "2", "--limit", "5120", "--epochs", "4"]
+    settings = [*ONLY, "--threads", "1", "--mixture-size", "2", "--limit", "5120", "--epochs", "4"]
 
     def step_seconds(*command: Any) -> float:
         rows, _ = search_process(config, *command)
@@ -150,13 +151,13 @@ def mixture_parallel(config: SearchConfig, repeats: int) -> dict[str, float]:
 
 def steadiness(config: SearchConfig) -> dict[str, list[float]]:
     """Seconds and peak memory of every epoch of a real search."""
-    rows, _ = search_process(config, [sys.executable], "--limit", "5120", "--epochs", "10", "--mixture-size", "1")
+    rows, _ = search_process(config, [sys.executable], *ONLY, "--limit", "5120", "--epochs", "10")
     return {key: [row[key] for row in rows] for key in ("seconds", "peak_memory_mib")}
 
 
 def memory(config: SearchConfig) -> dict[str, int]:
     """Peak memory of a search with eight supernets on all images, evaluation included."""
-    _, result = search_process(config, [sys.executable], "--epochs", "1", "--mixture-size", "8")
+    _, result = search_process(config, [sys.executable], *ONLY, "--epochs", "1", "--mixture-size", "8")
     return {"peak_memory_mib": result["peak_memory_mib"]}
 
 
