@@ -83,7 +83,7 @@ def _checked(kind: type[SearchConfig] | type[TrainConfig], given: dict[str, Any]
     for name, value in given.items():
         if isinstance(value, os.PathLike):
             given[name] = os.fspath(value)
-        elif isinstance(value, Layout) or name == "layout" and isinstance(value, list | tuple):
+        elif isinstance(value, Layout) or (name == "layout" and isinstance(value, list | tuple)):
             given[name] = str(Layout.parse(value))
     build_config(kind, {name: value for name, value in given.items() if name not in _NO_SETTINGS})
     given = {name: value for name, value in given.items() if value is not None or name not in _NO_SETTINGS}
@@ -193,7 +193,7 @@ class SearchResult:
 
         folder = fetch(self.source, "metrics.jsonl")[0].parent
         if (folder / "config.json").is_file():
-            raise InputError(f"{self.source} is a model, without the curves of its search: load the search's own folder")
+            raise InputError(f"{self.source} is a model, without its search's curves: load the search's own folder")
         return draw_search_curves(self.record, folder)
 
 

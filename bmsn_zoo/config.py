@@ -348,12 +348,13 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
     So CIFAR-10 has the defaults of `SearchConfig`, and 363 photos have 100 epochs.
     """
     half, given = images // 2, {name for name in config.model_fields_set if getattr(config, name) is not None}
-    several, apart = config.strategy in _SEVERAL or config.scores == "pairs", config.parallel == "mixture"
-    relaxed = config.strategy in RELAXED
+    relaxed, apart = config.strategy in RELAXED, config.parallel == "mixture"
+    several = processes if apart else 4 if images >= 20_000 else 2
+    one = relaxed or not (apart or config.strategy in _SEVERAL or config.scores == "pairs")
     sharing = sharing_of(config.settings())
     chosen: dict[str, Any] = {
         "batch_size": _fitting_batch(half, 4, 32 if apart else max(32, 16 * processes), processes),
-        "mixture_size": 1 if relaxed or not (several or apart) else processes if apart else 4 if images >= 20_000 else 2,
+        "mixture_size": 1 if one else several,
         "draws": "random" if apart else "permutation",
         "rate_decay": "schedule" if relaxed else "cost",
         "confirm_from": "supernet" if sharing == "shared" and not relaxed else "scratch",
@@ -373,13 +374,14 @@ def fit_to_images(config: SearchConfig, images: int, processes: int = 1) -> Sear
 def fit_training(config: "TrainConfig", images: int, processes: int = 1) -> "TrainConfig":
     """A training's settings, those that were not given chosen for its number of training images.
 
-    - batch_size: the largest power of two that makes 8 steps of an epoch, between 8 and 128, shared evenly by processes;
+    - batch_size: the largest power of two that makes 8 steps of an epoch, from 8 to 128, which processes share evenly;
     - epochs: 30, or as many, at most 300, as make `FEW_STEPS`.
 
     So from 1,024 images on the batches are those of `TrainConfig`, and 300 photos have batches of 32 and 56 epochs.
     """
     given = config.model_fields_set
-    batch = config.batch_size if "batch_size" in given else _fitting_batch(images, 8, 128, processes * config.batch_unit)
+    fitting = _fitting_batch(images, 8, 128, processes * config.batch_unit)
+    batch = config.batch_size if "batch_size" in given else fitting
     enough = math.ceil(FEW_STEPS / max(1, images // batch))
     epochs = config.epochs if "epochs" in given else max(30, min(300, enough))
     return TrainConfig(**{**config.as_dict(), "batch_size": batch, "epochs": epochs})

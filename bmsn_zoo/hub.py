@@ -92,7 +92,7 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
 
 
 def pin(name: str) -> str:
-    """Where a search is found again: its folder, or USER/REPO with its present commit, since what lies there may change."""
+    """Where a search is found again: its folder, or USER/REPO with its present commit, since it may change there."""
     (path,) = fetch(name, "search.json")
     if path == Path(name) / "search.json":
         return name

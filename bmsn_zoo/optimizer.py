@@ -21,7 +21,7 @@ def create_optimizer(model: torch.nn.Module, config: SearchConfig | TrainConfig)
             model, opt=config.opt, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
     except (AssertionError, ValueError) as error:
-        close = difflib.get_close_matches(config.opt, list_optimizers(), 3) or ["sgd", "momentum", "adamw"]
+        close = difflib.get_close_matches(config.opt, [*map(str, list_optimizers())], 3) or ["sgd", "momentum", "adamw"]
         fix = f"try {', '.join(close)}"
         raise InputError(f"opt {config.opt!r} cannot be used: {' '.join(str(error).split())}; {fix}") from None
     if getattr(optimizer, "is_second_order", False):

@@ -67,7 +67,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             "--output", type=Path, metavar="FOLDER", help="also write every class's accuracy, and a confusion picture"
         )
         parser.add_argument(
-            "--results-file", type=_new_file, metavar="FILE", help="also put its row, in timm's columns, into this CSV file"
+            "--results-file", type=_new_file, metavar="FILE", help="also put its row, in timm's columns, into this CSV"
         )
     elif command == "predict":
         parser.add_argument("model", help="of the zoo, a model folder, the run folder of a training, or USER/REPO")
@@ -96,7 +96,10 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     elif command == "report":
         parser.add_argument("run", nargs="+", type=Path, metavar="RUN_FOLDER", help="of a finished search or training")
         parser.add_argument(
-            "--output", type=_new_file, metavar="FILE", help="the page; report.html in the first run folder if not given"
+            "--output",
+            type=_new_file,
+            metavar="FILE",
+            help="the page (default: report.html in the first run folder)",
         )
     else:
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

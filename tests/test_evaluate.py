@@ -105,7 +105,10 @@ def test_other_weights_are_measured_as_they_are(runs, image_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["bmsn_nothing"], "neither a folder here nor a model of the zoo"), ([SHIPPED[0].name, "--dataset", "digits-of-mine/"], "digits-of-mine")],
+    [
+        (["bmsn_nothing"], "neither a folder here"),
+        ([SHIPPED[0].name, "--dataset", "digits-of-mine/"], "digits-of-mine"),
+    ],
 )
 def test_mistakes_end_in_one_line(arguments, message, capsys):
     assert run(evaluate, *arguments) == 2

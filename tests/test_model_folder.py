@@ -127,13 +127,13 @@ def test_add_refuses_what_would_mislead(runs, tmp_path):
             add(runs.found, name, zoo=runs.zoo)
     with pytest.raises(InputError, match="exists already"):
         add(runs.found, "bmsn_resnet20", zoo=runs.zoo)
-    for run, message in (
+    for folder, message in (
         (tmp_path, "holds no trained model: model is missing"),
         (tmp_path / "nowhere", "nowhere is neither a folder here nor a model of the zoo"),
         (runs.search, "is a search, whose supernets are no trained model"),
     ):
         with pytest.raises(InputError, match=message):
-            add(run, "bmsn_resnet20_new", zoo=runs.zoo)
+            add(folder, "bmsn_resnet20_new", zoo=runs.zoo)
     with pytest.raises(InputError, match="default bmsn_other is no model of the zoo"):
         add(runs.found, "bmsn_resnet20_new", default="bmsn_other", zoo=runs.zoo)
     assert {file: file.read_bytes() for file in runs.zoo.rglob("*") if file.is_file()} == before

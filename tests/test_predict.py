@@ -78,7 +78,7 @@ def test_mistakes_end_in_one_line(runs, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
     for arguments, said in (
         (["bmsn_nothing", tmp_path / "broken.png"], "bmsn_nothing is neither a folder here nor a model of the zoo"),
-        ([runs.search, tmp_path / "broken.png"], "is a search, whose supernets are no trained model: train what it found first"),
+        ([runs.search, tmp_path / "broken.png"], "is a search, whose supernets are no trained model"),
         ([ZOO, tmp_path / "nothing.png"], "nothing.png does not exist"),
         ([ZOO, tmp_path / "empty"], "empty holds no images"),
         ([ZOO, tmp_path / "broken.png"], "broken.png cannot be read as an image: "),

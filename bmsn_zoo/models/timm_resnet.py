@@ -92,7 +92,7 @@ class RelaidResNet(ResNet):
     __jit_unused_properties__ = ("layout", "_model_args")
 
     def _origin(self) -> dict[str, Any]:
-        """What the stock model was: architecture, arguments, feature_info, anti-aliasing; whether its stem is a unit."""
+        """What the stock model was: architecture, args, feature_info, anti-aliasing; and whether its stem is a unit."""
         return self.__dict__["_stock"]  # not annotated in the class, where torchscript would compile it
 
     @property
