@@ -25,7 +25,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @contextlib.contextmanager
-def one_line(name: str) -> Iterator[None]:
+def asking_hub(name: str) -> Iterator[None]:
     """Use the Hub's client inside this block: it gives up in time, and its errors become one line.
 
     Requests wait no longer than HF_HUB_DOWNLOAD_TIMEOUT seconds (10 by default), those that write six times as long;

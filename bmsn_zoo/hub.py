@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import __version__
 from .card import PICTURE, SOME_NAME, portable, relicense, search_card
-from .client import one_line
+from .client import asking_hub
 from .command import run_command
 from .config import DataConfig, shipped_folder
 from .errors import InputError, first_line
@@ -72,7 +72,7 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
     repo_id, revision = on_hub.groups()
     paths: list[Path] = []
     failure: Exception | None = None
-    with one_line(f"{name} is no folder here, and on the Hub"):
+    with asking_hub(f"{name} is no folder here, and on the Hub"):
         try:  # the client would ask for files many times before it says why it cannot have them
             HfApi(token=token).model_info(repo_id, revision=revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
@@ -201,7 +201,7 @@ def push(
     title, allowed, files = _contents(folder, repo_id, license)
     api = HfApi(endpoint, token, library_name="bmsn_zoo", library_version=__version__)
     try:
-        with one_line(repo_id):
+        with asking_hub(repo_id):
             info = _prepare(api, repo_id, private, revision)
             present = {sibling.rfilename for sibling in info.siblings or ()}
             stale = sorted(present & set(allowed) - set(files))

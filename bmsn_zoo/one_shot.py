@@ -89,14 +89,14 @@ class OneShotSearch(SearchBase):
 
     Attributes:
         strategy: learns where to downsample; its `report`, `result`, `state_dict` and `load_state_dict` are used here.
-        scores: whether its steps take images of the score split, too.
+        takes_scores: whether its steps take images of the score split, too.
         spending: how far the search is; a kind makes it by `count_costs`.
         late: accuracies of the evaluations that the ranking is the mean of, as far as they are done.
         optimizers: those beside the trainers' own, by the names of their files in a checkpoint.
     """
 
     strategy: Any
-    scores = True
+    takes_scores = True
     spending: Spending
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
@@ -134,7 +134,7 @@ class OneShotSearch(SearchBase):
             self.space, config.mixture_size, classes, config.in_chans, config.seed, sharing, config.pretrained, prepare
         )
         if config.init_from and not folder.epoch:
-            start_from(config.init_from, self.mixture, config)
+            start_mixture_from(config.init_from, self.mixture, config)
         self.trainers = {m: self._trainer(self.mixture.supernets[m]) for m in self.role.owned}
         self.late: list[Tensor] = []
         self.optimizers: dict[str, AcceleratedOptimizer] = {}
@@ -319,7 +319,7 @@ class OneShotSearch(SearchBase):
         found = self.images.batches(order, self.device, augment)
         batches = ((normalise(images, data.mean, data.std), labels) for images, labels in found)
         steps = itertools.chain.from_iterable(map(self.steps, epochs))
-        return zip(steps, batches, batches if self.scores else itertools.repeat(None), strict=False)
+        return zip(steps, batches, batches if self.takes_scores else itertools.repeat(None), strict=False)
 
     def _order(self, epoch: int, augment: Augmentation) -> Iterator[tuple[np.ndarray, Tensor | None]]:
         """Positions of the images of an epoch, those to train on and any to score on in turn, and what was drawn."""
@@ -331,7 +331,7 @@ class OneShotSearch(SearchBase):
         )
         for step in range(steps)[role.turns]:
             yield self.halves[0][weight[step]], crops[step]
-            if self.scores:
+            if self.takes_scores:
                 yield self.halves[1][score[step]], None
 
     def _describe_epoch(self, epoch: int, done: float, sums: np.ndarray, started: float) -> dict[str, object]:
@@ -343,7 +343,7 @@ class OneShotSearch(SearchBase):
             spending.own = int(self.accelerator.reduce(torch.tensor(spending.own, device=self.device), "sum"))
         spending.paid, spending.own = spending.paid + spending.own, 0
         loss, accuracy, *draws = totals.tolist()
-        measured = "score" if self.scores else "train"
+        measured = "score" if self.takes_scores else "train"
         row: dict[str, object] = {
             "epoch": epoch + 1,
             "loss": loss / sum(draws),
@@ -442,7 +442,7 @@ class OneShotSearch(SearchBase):
             self.late = [spent[f"late.{number}"] for number in range(len(spent))]
 
 
-def start_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
+def start_mixture_from(name: str, mixture: Mixture, config: SearchConfig) -> None:
     """Give supernets the weights of an earlier search; with other classes than there, classifiers stay fresh."""
     result, weights = hub.load_supernets(name)
     for key, there, here in (

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
+from .client import asking_hub
 from .command import run_command
 from .data import normalise
 from .data.loading import tell_unreadable
@@ -35,7 +36,7 @@ def load_any(name: str) -> nn.Module:
     if folder.is_dir():
         return load_model(folder)
     fetch(name, "config.json", what="trained model")  # asks the Hub once, where timm would many times
-    with one_line(f"model {name!r}", "cannot be loaded by timm from the Hub"):
+    with asking_hub(f"model {name!r}"), one_line(f"model {name!r}", "cannot be loaded by timm from the Hub"):
         return timm.create_model(f"hf-hub:{name.removeprefix('hf-hub:')}", pretrained=True).eval()
 
 

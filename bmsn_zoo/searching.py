@@ -81,7 +81,7 @@ class _Search(OneShotSearch):
         config = self.config  # as the images complete it
         self.strategy = create_strategy(self.space, config)
         self.splits = getattr(self.strategy, "splits", lambda done: False)
-        self.scores = self.strategy.scoring != "none"
+        self.takes_scores = self.strategy.scoring != "none"
         self.scored = list(self.mixture.supernets) if self.strategy.scoring == "all" else None
         if self.scored and config.parallel == "mixture":
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
@@ -137,10 +137,10 @@ class _Search(OneShotSearch):
                 last = step == steps[-1] or spending.over(step + 1)
                 for (done, drawn), (loss, *accuracies) in lag.push((step, draw), values, last):
                     check_finite(loss, epoch, done % self.epoch_steps)
-                    self.strategy.update(drawn, accuracies if self.scores else [])
+                    self.strategy.update(drawn, accuracies if self.takes_scores else [])
                     accuracy = accuracies[drawn.supernet if self.scored else 0]
                     sums[[0, 1, 2 + drawn.supernet]] += loss, accuracy, 1
-                    bar.show(f"loss {loss:.3f}, {'scored' if self.scores else 'accuracy'} {100 * accuracy:.1f} %")
+                    bar.show(f"loss {loss:.3f}, {'scored' if self.takes_scores else 'accuracy'} {100 * accuracy:.1f} %")
                 if role.turns.step > 1 and (last or (step // role.turns.step + 1) % _EXCHANGE_STEPS == 0):
                     self.strategy.exchange(role.owned, lambda rows: accelerator.gather(rows.to(self.device)).cpu())
                 if last:

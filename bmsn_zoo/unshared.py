@@ -12,8 +12,8 @@ from .layout import Layout
 class UnsharedSupernet(nn.Module):
     """S supernets, the sets, used as one: a unit at level l, where maps are 2^l times smaller, runs with set l.
 
-    A path trains the sets that it uses and no others; the head is that of set 0. Layouts never reach some sets (unit 0
-    is always at level 0), which stay as they started.
+    A layout trains the sets that it uses and no others; the head is that of set 0. Some sets are never reached (unit 0
+    is always at level 0), and stay as they started.
 
     Args:
         create: makes a supernet, as `Backbone.create` does.

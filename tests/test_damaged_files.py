@@ -228,7 +228,7 @@ def test_supernets(copies):
     config = SearchConfig(mixture_size=2)
 
     def read():
-        one_shot.start_from(str(copies / "search"), mixture, config)
+        one_shot.start_mixture_from(str(copies / "search"), mixture, config)
         return mixture.state_dict()
 
     damage_all(

@@ -503,7 +503,7 @@ def test_another_number_of_classes_keeps_fresh_classifiers(runs):
 
     mixture = Mixture(SearchSpace("bmsn_resnet20"), 2, 7, 3, seed=1)
     fresh = mixture.state_dict()
-    one_shot.start_from(str(runs.search), mixture, SearchConfig(mixture_size=2))
+    one_shot.start_mixture_from(str(runs.search), mixture, SearchConfig(mixture_size=2))
     stored, now = load_file(runs.search / "supernets.safetensors"), mixture.state_dict()
     for key in now:
         assert torch.equal(now[key], (fresh if ".fc." in key else stored)[key]), key

@@ -31,7 +31,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..client import one_line
+from ..client import asking_hub
 from ..errors import InputError, first_line
 from ..layout import Layout, halve_down, halve_up
 from ..search_space import BACKBONES, OTHERS, Backbone, require_weights
@@ -549,7 +549,7 @@ def start_pretrained(network: Any, name: str) -> None:
     require_weights(name)
     cfg: Any = get_pretrained_cfg(name)
     repository, _, revision = cfg.hf_hub_id.partition("@")
-    with one_line(f"the pretrained weights {repository}"):
+    with asking_hub(f"the pretrained weights {repository}"):
         try:
             file = hf_hub_download(repository, "model.safetensors", revision=revision or None)
         except EntryNotFoundError as error:
