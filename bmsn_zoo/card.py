@@ -13,6 +13,7 @@ import jinja2
 import yaml
 from scipy.stats import binomtest, ttest_ind
 
+from .config import SearchConfig, TrainConfig, load_recipe, shipped_recipes
 from .export import preparation
 from .files import write_text
 from .layout import Layout
@@ -242,4 +243,12 @@ def _command(result: SearchResult | TrainResult, name: str) -> str:
         sources["from_search"] = name if sources["from_search"] == "search.json" else sources["from_search"]
     for key, value in sources.items():
         words += [f"--{key.replace('_', '-')}", str(value)] if value else []
+    if (result.recipe or "").removesuffix("-small") in shipped_recipes():  # which may have changed since
+        kind = TrainConfig if isinstance(result, TrainResult) else SearchConfig
+        given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+        for key, value in load_recipe(str(result.recipe), kind).items():
+            own = result.settings.get(key, value)
+            if own not in (None, value) and key not in {"dataset", "recipe", *given}:
+                flag = key.replace("_", "-")
+                words += [f"--{'' if own else 'no-'}{flag}"] if isinstance(own, bool) else [f"--{flag}", str(own)]
     return f"{_SCRIPTS[program]} {shlex.join(words)}"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -13,9 +14,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from small_runs import DEFAULT, FOUND
 
-from bmsn_zoo import InputError, Layout, hub
+from bmsn_zoo import InputError, Layout, card, hub
 from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, write_card
-from bmsn_zoo.config import shipped_folder
+from bmsn_zoo.config import TrainConfig, build_config, build_parser, load_recipe, over_recipe, shipped_folder
 from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
 from bmsn_zoo.model_folder import load_model, save_model
@@ -163,6 +164,20 @@ def test_data_sets_are_named_by_the_hub(dataset, dataset_id, shown, listed, said
     assert said in card.text
     assert f"accelerate launch train.py --lr 0.2 --dataset {shown}\n" in card.text
     assert dataset in shown or dataset not in card.content
+
+
+def test_the_command_of_a_card_gives_its_settings_whatever_became_of_the_recipe():
+    """The zoo's, too, however old: flags say what its recipe says otherwise today."""
+    for home in sorted(shipped_folder("hub_configs").glob("*/metrics.json")):
+        result = TrainResult.read(home)
+        told = result.model_copy(update={"settings": {**result.settings, "lr": 0.123, "flip": False}})
+        for each in (result, told):
+            program, *words = shlex.split(card._command(each, "me/net"))[2:]
+            assert program == "train.py"
+            given = vars(build_parser(TrainConfig, "").parse_args(words))
+            settings = build_config(TrainConfig, over_recipe(load_recipe(result.recipe, TrainConfig), given)).settings()
+            for key in ("lr", "epochs", "batch_size", "weight_decay", "opt", "warmup_epochs"):
+                assert settings[key] == each.settings[key]
 
 
 def test_portable_records_name_no_folder_and_stay_as_they_are(record, runs):
