@@ -174,7 +174,6 @@ def write_classes(found: dict[str, Any], folder: Path) -> None:
         other = max(range(len(row)), key=row.__getitem__)
         known = [right / number, *interval(right / number, number)] if number else [""] * 3
         writer.writerow([name, number, *known, *([classes[other], row[other]] if row[other] > 0 else ["", 0])])
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "classes.csv", file.getvalue())
     draw_confusion(confusion, classes, folder / "confusion.png")
 

@@ -141,9 +141,9 @@ def start_of(command: str) -> str:
         return f"bmsn-{command}"
     if command not in _RUNS:
         return f"python -m bmsn_zoo.{command}"
-    beside = script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS
-    shown = shlex.quote(os.path.relpath(script.with_name(f"{command}.py")))
-    return f"accelerate launch {shown if beside else f'-m bmsn_zoo.{_MODULES[command]}'}"
+    if script.parent == Path(__file__).absolute().parents[1] and script.stem in _RUNS:
+        return f"accelerate launch {shlex.quote(os.path.relpath(script.with_name(f'{command}.py')))}"
+    return f"accelerate launch -m bmsn_zoo.{_MODULES[command]}"
 
 
 def wrapped(command: str, indent: int = 4) -> str:
