@@ -53,7 +53,6 @@ def evaluate(
     mean: Sequence[float],
     std: Sequence[float],
     accelerator: Accelerator,
-    right: Tensor | None = None,
     best: Tensor | None = None,
 ) -> dict[str, float]:
     """Accuracy (a fraction) and mean cross-entropy (nats) of a network on all images of a split.
@@ -64,7 +63,6 @@ def evaluate(
         mean: of every channel, a fraction of full brightness.
         std: of every channel.
         accelerator: whose device and processes to use.
-        right: zeros (N,) on its device, which become 1 where an image is classified correctly.
         best: zeros (N, k) on its device, int64, which become the k most probable classes of an image, best first.
     """
     model.eval()
@@ -74,15 +72,12 @@ def evaluate(
     for positions, (pixels, labels) in zip(order, images.batches(order, accelerator.device), strict=True):
         logits = model(normalise(pixels, mean, std)).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        correct = logits.argmax(1) == labels
-        sums += torch.stack([correct.sum(), loss])
-        if right is not None:
-            right[torch.from_numpy(positions).to(right.device)] = correct.to(right.dtype)
+        first = logits.topk(1 if best is None else best.shape[1]).indices
+        sums += torch.stack([(first[:, 0] == labels).sum(), loss])
         if best is not None:
-            best[torch.from_numpy(positions).to(best.device)] = logits.topk(best.shape[1]).indices
-    for filled in (right, best):
-        if filled is not None:
-            filled.copy_(accelerator.reduce(filled, "sum"))
+            best[torch.from_numpy(positions).to(best.device)] = first
+    if best is not None:
+        best.copy_(accelerator.reduce(best, "sum"))
     correct, loss = accelerator.reduce(sums, "sum").tolist()
     return {"accuracy": correct / len(images), "loss": loss / len(images)}
 

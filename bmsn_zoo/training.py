@@ -244,15 +244,15 @@ class Training:
         final.load_state_dict(self.final.state_dict())
         images = self.test.images if self.test else self.holdout
         assert images is not None
-        right = torch.zeros(len(images), dtype=torch.uint8, device=self.device)
-        found = torch.zeros(len(images), 1, dtype=torch.int64, device=self.device)
-        measured = evaluate(final, images, self.data.mean, self.data.std, accelerator, right, found)
+        best = torch.zeros(len(images), 1, dtype=torch.int64, device=self.device)
+        measured = evaluate(final, images, self.data.mean, self.data.std, accelerator, best)
         if accelerator.is_main_process:
             folder.touch()
+            labels, found = images.labels.cpu(), best[:, 0].cpu()
             if self.is_trial:
-                self._write_trial(measured, right)
+                self._write_trial(measured, (labels == found).to(torch.uint8))
             else:
-                classes = count_classes(images.labels.cpu(), found[:, 0].cpu(), len(self.data.label_names))
+                classes = count_classes(labels, found, len(self.data.label_names))
                 self._write_result(final.cpu().eval(), measured, classes)
         accelerator.wait_for_everyone()
 

@@ -142,3 +142,16 @@ def test_recorded_accuracies_are_computed_in_full_float32(image_folder):
         evaluate.evaluate(Watching(), data.images, data.mean, data.std, Accelerator())
     assert seen == [(False, False)] * 2
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_the_accuracy_counts_what_the_first_labels_say_even_in_ties(image_folder):
+    """The classes of metrics.json come from the labels, so that the two must not part where a network is dead."""
+    data = DataSource(TrainConfig(dataset=str(image_folder)), 1).test()
+
+    class Dead(torch.nn.Module):
+        def forward(self, images):
+            return torch.zeros(len(images), 10)
+
+    best = torch.zeros(len(data.images), 5, dtype=torch.int64)
+    measured = evaluate.evaluate(Dead(), data.images, data.mean, data.std, Accelerator(), best)
+    assert measured["accuracy"] == pytest.approx(float((best[:, 0] == data.images.labels).float().mean()))
