@@ -50,7 +50,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         below = [path] if path.is_file() else sorted(path.rglob("*"))
         inside = below if path.is_file() else [file for file in below if file.suffix.lower() in endings]
-        tell_unreadable([str(file) for file in below if file not in inside])
+        known = set(inside)
+        tell_unreadable([str(file) for file in below if file not in known])
         if not inside:
             raise InputError(f"{path} {'holds no images' if path.is_dir() else 'does not exist'}")
         found += inside
@@ -88,7 +89,7 @@ def predict(
                 with Image.open(file) as image:
                     square = to_pixels(image, size, chans, short=short)
             except Exception as error:  # decoders of damaged files raise anything
-                line = f"{file} cannot be read as an image: {first_line(error) or type(error).__name__}"
+                line = f"{file} cannot be read as an image: {first_line(error)}"
                 if unread is None:
                     raise InputError(line) from None
                 unread.append(line)
