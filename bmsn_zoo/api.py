@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,10 @@ def _saved(data: Any) -> str:
     if not path.exists():
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         splits.save_to_disk(partial)
-        with suppress(OSError):  # where another process was faster
+        try:
             partial.rename(path)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
     return str(path)
 
 

@@ -16,5 +16,5 @@ def brief(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to quote in one of ours."""
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+    """The first line of another library's error, or what kind it is, to quote in one of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -224,8 +224,7 @@ class RowReader(Dataset[Any]):
     def fault(self, row: int, value: dict[str, Any] | None, error: Exception) -> str:
         """Which image of the user's set cannot be read, and why."""
         file = f" ({value['path']})" if value and value["path"] else ""
-        reason = first_line(error) or type(error).__name__
-        return f"the image in row {row} of split {self.split!r}{file} cannot be read: {reason}"
+        return f"the image in row {row} of split {self.split!r}{file} cannot be read: {first_line(error)}"
 
     def _read(
         self, row: int, value: dict[str, Any] | None, seed: int | None = None, mirrored: int = 0
@@ -310,9 +309,8 @@ class RowLoader:
                     raise InputError(f"data set: {images}: remove or repair it")
                 yield images
         except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-            reason = first_line(error) or type(error).__name__
             raise InputError(
-                f"a process that reads images ended ({reason}): if memory is short, use fewer --workers"
+                f"a process that reads images ended ({first_line(error)}): if memory is short, use fewer --workers"
             ) from None
 
 
