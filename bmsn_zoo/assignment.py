@@ -67,11 +67,6 @@ def assign(
     raise RuntimeError(f"no balanced assignment after {max_iters} steps: a usage is {deviation:.1%} off 1/M")
 
 
-def usage(assignment: Tensor) -> Tensor:
-    """Expected share of steps that each supernet gets when layouts are drawn uniformly, shape (M,), sums to 1."""
-    return assignment.mean(0)
-
-
 def update_score(scores: Tensor, layout: int, supernet: int, accuracy: float, momentum: float) -> None:
     """Move one score towards an accuracy, in place: W <- momentum * W + (1 - momentum) * a (paper, Algorithm 1)."""
     scores[layout, supernet] = momentum * scores[layout, supernet] + (1 - momentum) * accuracy

@@ -4,18 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..assignment import assign, update_score, usage
+from ..assignment import assign, update_score
 from ..config import SearchConfig
 from ..errors import InputError
 from ..search_space import SearchSpace
-from .protocol import Draw, Scoring
-from .uniform import step_rng, uniform_index
+from .protocol import Draw
+from .uniform import Uniform, step_rng, uniform_index
 
 
-class BalancedMixture:
+class BalancedMixture(Uniform):
     """The balanced mixture of supernets (paper, Algorithm 1): uniform over layouts, balanced over supernets.
 
     With one supernet this is plain single-path one-shot search, in which nothing is scored.
@@ -28,16 +27,15 @@ class BalancedMixture:
         scores: smoothed accuracies, float64 tensor of shape (L, M), starting at 1.
     """
 
-    scoring: Scoring
-    own: Sequence[int] | None = None
-
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
-        self.scores = torch.ones(len(space), config.mixture_size, dtype=torch.float64)
-        self.config, self.scoring = config, "drawn" if config.mixture_size > 1 else "none"
+        super().__init__(space, config)
+        self.scoring = "drawn" if config.mixture_size > 1 else "none"
+        self.scores = self.table(len(space), 1.0)
         if config.draws == "permutation" and config.parallel == "mixture":
             raise InputError("draws permutation needs all supernets in one process: use --parallel data")
         # of the last draw: from one step to the next it hardly changes, so balancing starts where it ended
-        self._offset = torch.zeros(config.mixture_size, dtype=torch.float64)
+        self._offset = self.table(1)[0]
+        self.state = {"scores": self.scores, "offset": self._offset}
 
     def sharpness(self, progress: float) -> float:
         """Factor on the scores, growing linearly from 1 at progress 0 to the maximum at progress 1."""
@@ -80,7 +78,7 @@ class BalancedMixture:
         """The sharpness, the expected share of steps of every supernet, 1/M within a thousandth, and each layout's
         most probable one."""
         assignment = self.assignment(progress)
-        shown = {"usage": usage(assignment).tolist(), "assigned": assignment.argmax(1).tolist()}
+        shown = {"usage": assignment.mean(0).tolist(), "assigned": assignment.argmax(1).tolist()}
         return {"sharpness": self.sharpness(progress), **shown}
 
     def result(self) -> dict[str, Any]:
@@ -88,17 +86,6 @@ class BalancedMixture:
         if self.scoring == "none":
             return {}
         return {"assignment_matrix": self.assignment(1.0).tolist(), "scores": self.scores.tolist()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the scores, and where balancing starts."""
-        return {"scores": self.scores.clone(), "offset": self._offset.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take what `state_dict` gave."""
-        for own, saved in ((self.scores, state["scores"]), (self._offset, state["offset"])):
-            if own.shape != saved.shape:
-                raise ValueError(f"a state of shape {tuple(saved.shape)} is not {tuple(own.shape)}")
-            own.copy_(saved)
 
 
 def _pick(rng: np.random.Generator, weights: np.ndarray) -> int:

@@ -45,7 +45,7 @@ class PairedMixture(BalancedMixture):
             raise InputError("scores pairs compare supernets: give a mixture-size of 2 or more, or scores batch")
         self.scoring = "all"
         # for each layout: observations n, variance factor q, variance u
-        self._evidence = torch.zeros(len(space), 3, dtype=torch.float64)
+        self.state["evidence"] = self._evidence = torch.zeros(len(space), 3, dtype=torch.float64)
 
     def sharpnesses(self) -> np.ndarray:
         """Factor on the differences of every layout, (L,), see above."""
@@ -85,12 +85,3 @@ class PairedMixture(BalancedMixture):
         row += weight * (seen - row)
         factor = (1 - weight) ** 2 * factor + weight**2
         self._evidence[draw.layout] = torch.tensor([count + 1, factor, noise], dtype=torch.float64)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the scores and of the evidence for them, and where balancing starts."""
-        return {**super().state_dict(), "evidence": self._evidence.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take what `state_dict` gave."""
-        super().load_state_dict(state)
-        self._evidence.copy_(state["evidence"])

@@ -37,8 +37,7 @@ class Uniform:
         config: `mixture_size` M, `seed` and `draws`; in rounds, every supernet trains every layout in turn, too.
 
     Attributes:
-        state: float64 tensors with a column for every supernet: draws (L, M), and what strategies that begin like this
-            one learn.
+        state: float64 tensors that a checkpoint holds: draws (L, M), or what strategies that begin like this one learn.
     """
 
     scoring: Scoring = "none"
@@ -66,7 +65,7 @@ class Uniform:
         self.state["draws"].numpy()[draw] += 1
 
     def exchange(self, owned: range, gather: Callable[[Tensor], Tensor]) -> None:
-        """Take the columns of all supernets, each from its owner."""
+        """Take the columns of all supernets, each from its owner; the state's tensors have one for every supernet."""
         for table in self.state.values():
             table.copy_(gather(table[:, owned.start : owned.stop].T.contiguous()).T)
 
