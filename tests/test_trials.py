@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import pairwise
 from math import comb
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,23 @@ def test_a_cluster_finds_what_one_process_finds_and_loses_no_trial_with_a_worker
         ]
         assert torch.equal(*right)
     assert sum(len(result.segments) for result in results.values()) <= 7, "one more run, of the trial that was lost"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 1, "000"), (None, 2, "010"), ("3", 1, "333"), ("5,2", 2, "525"), ("7,8,9", 2, "787")],
+)
+def test_workers_share_the_gpus_that_are_visible(visible, count, expected, monkeypatch, tmp_path):
+    """A worker without one would train on the CPU, and say nothing."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision="no")
+    with runner.Runner(SearchConfig(jobs=3), tmp_path, accelerator) as running:
+        (devices,) = running._executor._initargs
+        assert "".join(devices.get(timeout=10) for _ in range(3)) == expected
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ class Runner:
 
     def __init__(self, config: SearchConfig, home: Path, accelerator: Accelerator) -> None:
         self._config, self._home, self._precision = config, home.absolute(), accelerator.mixed_precision
-        self._visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        self._visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         self._gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
         if self._gpus and len(self._visible) < self._gpus:
             self._visible = [str(index) for index in range(self._gpus)]
