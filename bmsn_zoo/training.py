@@ -183,6 +183,8 @@ class Training:
         self.final: nn.Module = self.ema.module if self.ema is not None else self.model  # what is measured and saved
         self.optimizer = accelerator.prepare_optimizer(create_optimizer(self.model, config))
         self.network = accelerator.prepare_model(self.model)
+        if self.shard[1] > 1:  # or all would go on from the first one's running statistics in every step
+            getattr(self.network, "_orig_mod", self.network).broadcast_buffers = False
         hard = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.criterion = SoftTargetCrossEntropy() if config.mixup or config.cutmix else hard
 

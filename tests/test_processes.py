@@ -111,6 +111,21 @@ def test_the_recorded_accuracy_is_that_of_the_saved_weights(processes, ema_decay
         assert measured["loss"] == pytest.approx(recorded, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_statistics_are_the_mean_over_the_processes(image_folder, tmp_path):
+    """Of a batch in two shards the mean is that of the whole, as long as the weights hardly move."""
+    settings = ["--dataset", image_folder, "--layout", "5-3-2", "--epochs", 1, "--batch-size", 16, "--lr", 1e-9]
+    settings += ["--mixed-precision", "no", "--weight-decay", 0, "--no-flip", "--output"]
+    means = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        done = run("train.py", *settings, output, launcher=torchrun(processes), ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+        state = load_file(output / "model" / "model.safetensors")
+        means.append(state["bn1.running_mean"])  # of what no other normalisation came before
+    torch.testing.assert_close(*means, rtol=1e-3, atol=1e-5)
+
+
 def launched(tmp_path, **content):
     """A launcher with a file as `accelerate config` writes it."""
     alone = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1, "num_processes": 1}
