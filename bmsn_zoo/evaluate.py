@@ -1,11 +1,10 @@
 """Measures published accuracies again: a model of the zoo, or any model folder, on the test images of its data set."""
 
-import contextlib
 import csv
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,8 @@ _COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_
 _CONFUSED = 300  # pairs of classes that a result holds
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 as it is written, for what is recorded: NVIDIA's newer GPUs would round its factors to TF32's 10 bits."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
-
-
 @torch.no_grad()
-@full_float32()
+@runtime.full_float32()
 def evaluate(
     model: nn.Module,
     images: ImageSet,

@@ -30,7 +30,6 @@ from .data import (
     shuffled_batches,
 )
 from .errors import InputError
-from .evaluate import full_float32
 from .layout import Layout
 from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
@@ -175,7 +174,7 @@ class OneShotSearch(SearchBase):
         try:
             images = torch.zeros(max(batch, evaluated), config.in_chans, size, size, device=self.device)
             images = images.to(memory_format=torch.channels_last)
-            with self.accelerator.autocast(), full_float32():
+            with self.accelerator.autocast(), runtime.full_float32():
                 labels = torch.zeros(evaluated, dtype=torch.int64, device=self.device)
                 count_correct(supernet, self.space.subset([dearest]), images[:evaluated], labels)
             images = images[:batch]
@@ -382,7 +381,7 @@ class OneShotSearch(SearchBase):
         batches = even_batches(len(images), config.eval_batch_size, rng)[first::parts]
         work = self.spending.evaluation
         bar = Bar(images.batches(batches, self.device), len(batches), "evaluating all layouts", work, training=False)
-        with self.accelerator.autocast(), full_float32():
+        with self.accelerator.autocast(), runtime.full_float32():
             for pixels, labels in bar:
                 inputs = normalise(pixels, data.mean, data.std)
                 for m in self.role.owned:

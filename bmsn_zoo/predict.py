@@ -17,10 +17,10 @@ from .data import normalise
 from .data.loading import tell_unreadable
 from .data.pixels import to_pixels
 from .errors import InputError, first_line
-from .evaluate import full_float32
 from .files import one_line
 from .hub import fetch
 from .model_folder import load_model, model_folder
+from .runtime import full_float32
 from .usage import parser_of
 
 _BATCH = 64
@@ -58,8 +58,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-@torch.no_grad()
-@full_float32()
 def predict(
     model: nn.Module, files: Sequence[Path], top: int = 5, unread: list[str] | None = None
 ) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
@@ -98,7 +96,8 @@ def predict(
             pixels.append(torch.from_numpy(square.copy()))
         if not group:
             continue
-        logits = model(normalise(torch.stack(pixels).to(device), cfg["mean"], cfg["std"])).float()
+        with torch.no_grad(), full_float32():
+            logits = model(normalise(torch.stack(pixels).to(device), cfg["mean"], cfg["std"])).float()
         best = logits.softmax(1).topk(min(top, logits.shape[1]))
         for file, shares, classes in zip(group, best.values.tolist(), best.indices.tolist(), strict=True):
             labels = [str(names[index]) if names else f"class {index}" for index in classes]

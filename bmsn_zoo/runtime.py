@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -25,6 +27,8 @@ from .trackers import check_tracker
 
 _log = logging.getLogger(__name__)
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# processes wait for the one that decodes the images: NCCL would end them after 10 minutes
+_PATIENCE = timedelta(hours=4)
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
 
@@ -93,7 +97,9 @@ def start(config: DataConfig, default_precision: str | None = None) -> Accelerat
 
 def _join(config: DataConfig, processes: int, default_precision: str | None) -> Accelerator:
     meet(config.settings())
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = _state()
+    if state.device.type == "cuda" and state.device.index is not None:
+        torch.cuda.set_device(state.device)  # accelerate leaves that out where ACCELERATE_TORCH_DEVICE names one
     if processes != state.num_processes:
         raise InputError(
             f"{processes} processes were started that do not know of each other: on CPUs, start them with "
@@ -117,7 +123,8 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
         _log.warning("bf16 is emulated here, which can take ten times as long: use --mixed-precision no")
     several = {"MASTER_ADDR", "ACCELERATE_DYNAMO_MODE"} <= set(os.environ) and "TORCHELASTIC_RUN_ID" not in os.environ
     if processes == 1 and several:
-        _log.warning("accelerate launch was asked for several processes but starts one on CPUs: use torchrun")
+        fix = "use torchrun" if state.device.type == "cpu" else "add --multi_gpu if there are several GPUs"
+        _log.warning("accelerate launch was asked for several processes but starts one: %s", fix)
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         raise InputError(f"mixed-precision {precision}: this process computes in another one: start a new process")
     return Accelerator(
@@ -126,6 +133,11 @@ def _join(config: DataConfig, processes: int, default_precision: str | None) -> 
         log_with=config.report_to,
         project_dir=".",  # trackers want to hear of one before there is a run folder
     )
+
+
+def _state() -> PartialState:
+    """What this process is among all, which it joins if it has not yet."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
 
 
 def meet(settings: dict[str, Any] | None) -> None:
@@ -139,7 +151,7 @@ def meet(settings: dict[str, Any] | None) -> None:
     """
     if PartialState._shared_state or not several_hosts():
         return
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    _state()
     told = gather_object([settings])
     if None in told:
         raise InputError(f"process {told.index(None)}, on another host, was refused: it says why")
@@ -183,7 +195,29 @@ def _uses_tf32(device: torch.device) -> bool | None:
     """Whether "fp32" training rounds products to 10 bits; None where there is no such thing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return any(getattr(where, name) in (True, "tf32") for where, name, _ in _tf32_switches())
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """What says whether products are rounded to TF32: where, by which name, and the value with which they are not."""
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix it with the other
+        return [(where, "fp32_precision", "ieee") for where in (matmul, cudnn.conv)]
+    return [(where, "allow_tf32", False) for where in (matmul, cudnn)]
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 as it is written, for what is recorded: NVIDIA's newer GPUs would round its factors to TF32's 10 bits."""
+    switches = _tf32_switches()
+    before = [getattr(where, name) for where, name, _ in switches]
+    try:
+        for where, name, exact in switches:
+            setattr(where, name, exact)
+        yield
+    finally:
+        for (where, name, _), value in zip(switches, before, strict=True):
+            setattr(where, name, value)
 
 
 def _cpuinfo(key: str) -> str | None:

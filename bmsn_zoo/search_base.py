@@ -14,7 +14,6 @@ from .command import out_of_memory
 from .config import ALONE, SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
 from .errors import InputError, first_line
-from .evaluate import full_float32
 from .ranking import why_undecided
 from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, save_tensors
@@ -97,7 +96,7 @@ class SearchBase:
         dearest = self.space.macs(by_cost[-1], size, config.in_chans)
         batches = [1] if device.type == "cpu" and _BATCH * dearest > _BATCHED_ON_CPU else [1, _BATCH]
         found = []
-        with full_float32():
+        with runtime.full_float32():
             for batch in batches:
                 images = torch.randn(batch, config.in_chans, size, size, generator=torch.Generator().manual_seed(0))
                 images = images.to(device, dtype, memory_format=torch.channels_last)

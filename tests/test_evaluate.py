@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from pictures import drawn
 from small_runs import DEFAULT, FOUND, run
 
-from bmsn_zoo import evaluate
+from bmsn_zoo import evaluate, runtime
 from bmsn_zoo.config import TrainConfig, shipped_folder
 from bmsn_zoo.data import DataSource
 
@@ -126,22 +126,37 @@ def test_other_classes_are_refused(image_dataset, image_folder, runs, tmp_path, 
     assert "knows class 1 as 'east'" in capsys.readouterr().err
 
 
-def test_recorded_accuracies_are_computed_in_full_float32(image_folder):
+@pytest.fixture(params=["by default", "as asked"])
+def tf32(request):
+    """What says whether TF32 is used, as torch has it by default, or as its newer setting asks for it."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "by default":
+        yield lambda: [getattr(where, name) for where, name, _ in runtime._tf32_switches()]
+        return
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has one way to ask for TF32")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield lambda: [matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
+    matmul.fp32_precision = before
+
+
+def test_recorded_accuracies_are_computed_in_full_float32(tf32, image_folder):
     """In TF32 convolutions would run by default on newer NVIDIA GPUs; what was set comes back, come what may."""
     data, seen = DataSource(TrainConfig(dataset=str(image_folder)), 1).test(), []
 
     class Watching(torch.nn.Module):
         def forward(self, images):
-            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            seen.append(tf32())
             return torch.zeros(len(images), 4 if len(seen) == 1 else 1)
 
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    assert before[0], "torch's default has changed: is this still needed?"
+    before = tf32()
+    assert before[1] in ("tf32", True), "torch's default has changed: is this still needed?"
     evaluate.evaluate(Watching(), data.images, data.mean, data.std, Accelerator())
     with pytest.raises(IndexError):  # one class is too few for the labels
         evaluate.evaluate(Watching(), data.images, data.mean, data.std, Accelerator())
-    assert seen == [(False, False)] * 2
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert seen == [[exact for _, _, exact in runtime._tf32_switches()]] * 2
+    assert tf32() == before
 
 
 def test_the_accuracy_counts_what_the_first_labels_say_even_in_ties(image_folder):

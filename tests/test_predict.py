@@ -59,6 +59,17 @@ def test_a_network_of_timm_sees_what_timm_shows_it(tmp_path):
         assert abs(expected[int(label.removeprefix("class "))].item() - share) < 1e-5
 
 
+def test_a_prediction_keeps_nothing_for_gradients(runs, tmp_path):
+    """Or large networks would fill the memory; the caller's own settings stay as they are between predictions."""
+    model, file = predict.load_any(str(runs.default)), tmp_path / "noise.png"
+    Image.effect_noise((20, 30), 90).save(file)
+    seen = []
+    model.register_forward_hook(lambda module, args, logits: seen.append(logits.requires_grad))
+    for _ in predict.predict(model, [file]):
+        assert torch.is_grad_enabled()
+    assert seen == [False]
+
+
 def test_images_that_cannot_be_read_are_told_after_the_others(tmp_path, capsys, caplog):
     for name in ("a.png", "c.png"):
         (tmp_path / name).write_bytes(b"no image")
