@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import InputError, first_line
-from .launch import rank, several_hosts
+from .launch import launched_processes, rank, several_hosts
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")  # torchrun and accelerate launch set one of them
 _FIRST_SPEAKS = 5.0  # seconds; by then a launcher has ended the others
@@ -53,6 +53,7 @@ def run_command(run: Callable[[], object]) -> int:
     with _ends_at_signals():
         try:
             run()
+            _leave_the_others()
             return 0
         except InputError as error:
             message = str(error)
@@ -69,6 +70,15 @@ def run_command(run: Callable[[], object]) -> int:
 
                 meet(None)
         return 2
+
+
+def _leave_the_others() -> None:
+    """End the connections to other processes: NCCL warns of those that are open when a process ends."""
+    if launched_processes() > 1:
+        from accelerate import PartialState
+
+        if PartialState._shared_state:
+            PartialState().destroy_process_group()
 
 
 def speak(given: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +108,8 @@ def outside_fault(error: Exception) -> str | None:
         what = "use a smaller --batch-size, --eval-batch-size or --mixture-size, or --grad-checkpointing"
         return f"out of memory ({first_line(error)}): {what}"
     if isinstance(error, RuntimeError) and re.search("gloo/transport|NCCL", text):
-        return "the connection to another process was lost: that one says why"
+        reason = text.strip().splitlines()[-1][:200]
+        return f"the connection to another process was lost, which may say why ({reason})"
     return None
 
 

@@ -380,6 +380,8 @@ def test_full_disks_and_memories_are_one_line_that_says_how_to_go_on(name, capsy
 
 def test_errors_of_a_gpu_are_known_and_others_are_not():
     assert "--batch-size" in command.outside_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    twice = "NCCL error in: a.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0"
+    assert "(Duplicate GPU detected : rank 1 and rank 0)" in command.outside_fault(RuntimeError(twice))
     assert command.outside_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert command.outside_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")) is None
 

@@ -122,7 +122,8 @@ class ImageSet:
         """The same images, on a GPU if they take no more than a quarter of its free memory."""
         if self.pixels is None or device.type != "cuda":
             return self
-        if self.pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
+        if self.pixels.nbytes > (torch.cuda.mem_get_info(device)[0] + kept) // 4:
             return self
         return replace(self, labels=self.labels.to(device), pixels=self.pixels.to(device))
 
