@@ -4,8 +4,6 @@ python -m bmsn_zoo.compare RUN_FOLDER... compares searches; --benchmark plays th
 --layouts trains layouts of a search with several seeds.
 """
 
-import csv
-import io
 import logging
 import math
 import sys
@@ -25,7 +23,7 @@ from .benchmark import Played
 from .command import run_command
 from .config import SearchConfig
 from .errors import InputError
-from .files import write_text
+from .files import write_csv, write_text
 from .layout import Layout
 from .progress import Bar
 from .search_space import SearchSpace
@@ -280,11 +278,7 @@ def _write(rows: Sequence[dict[str, Any]], title: str, command: str, path: Path)
     about, (_, told) = f"Commit {runtime.commit() or 'unknown'}.", str(benchmark.__doc__).split("\n\n", 1)
     text = [title, told.strip(), _LEGEND, f"```bash\n{command} --output {path.as_posix()}\n```", about, table]
     write_text(path.with_suffix(".md"), "\n\n".join(text) + "\n")
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path.with_suffix(".csv"), file.getvalue())
+    write_csv(path.with_suffix(".csv"), rows)
 
 
 if __name__ == "__main__":

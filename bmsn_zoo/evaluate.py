@@ -18,7 +18,7 @@ from .command import run_command
 from .config import TrainConfig, build_config, with_reachable_data
 from .data import ORDER, DataSource, ImageSet, even_batches, normalise, random_stream
 from .errors import InputError
-from .files import read_text, write_text
+from .files import read_text, write_csv
 from .model_folder import load_model, model_folder
 from .report import draw_confusion
 from .results import TrainResult
@@ -27,6 +27,7 @@ from .usage import parser_of
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 250
 _COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation"]
+_CLASS_COLUMNS = ["class", "images", "accuracy", "low", "high", "most_often_taken_for", "how_often"]
 _CONFUSED = 300  # pairs of classes that a result holds
 
 
@@ -145,16 +146,15 @@ def write_classes(found: dict[str, Any], folder: Path) -> None:
         folder: made if needed.
     """
     classes, confusion = found["classes"], found["confusion"]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["class", "images", "accuracy", "low", "high", "most_often_taken_for", "how_often"])
+    rows = []
     for index, (name, row) in enumerate(zip(classes, confusion.tolist(), strict=True)):
         number, right = sum(row), row[index]
         row[index] = -1
         other = max(range(len(row)), key=row.__getitem__)
         known = [right / number, *interval(right / number, number)] if number else [""] * 3
-        writer.writerow([name, number, *known, *([classes[other], row[other]] if row[other] > 0 else ["", 0])])
-    write_text(folder / "classes.csv", file.getvalue())
+        cells = name, number, *known, *((classes[other], row[other]) if row[other] > 0 else ("", 0))
+        rows.append(dict(zip(_CLASS_COLUMNS, cells, strict=True)))
+    write_csv(folder / "classes.csv", rows)
     draw_confusion(confusion, classes, folder / "confusion.png")
 
 
@@ -168,11 +168,7 @@ def add_result(row: dict[str, str], path: Path) -> None:
     if known.fieldnames != _COLUMNS:
         raise InputError(f"results-file {path} has other columns than {','.join(_COLUMNS)}: choose another file")
     rows = [row, *(each for each in known if each["model"] != row["model"])]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda each: (each["top1_err"].zfill(9), each["model"])))
-    write_text(path, file.getvalue())
+    write_csv(path, sorted(rows, key=lambda each: (each["top1_err"].zfill(9), each["model"])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

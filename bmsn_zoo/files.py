@@ -1,9 +1,11 @@
-"""Text, JSON and YAML files, in UTF-8 whatever the locale: written whole or not at all, read without trust."""
+"""Text, CSV, JSON and YAML files, in UTF-8 whatever the locale: written whole or not at all, read without trust."""
 
+import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,15 @@ def read_yaml(path: Path, shown: str) -> Any:
             if level > 16 or isinstance(event, yaml.AliasEvent):
                 raise ValueError("it nests deeply, or has aliases")
         return yaml.safe_load(text.decode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table whole or not at all; its columns are those of the first row."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, file.getvalue())
 
 
 def sha256(path: Path) -> str:

@@ -50,13 +50,12 @@ _HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?")
 # pull
 
 
-def fetch(name: str, *files: str, token: str | None = None, what: str = "finished search") -> list[Path]:
+def fetch(name: str, *files: str, what: str = "finished search") -> list[Path]:
     """Files of a run folder, a model folder or a Hub repository; from the Hub they come into its client's cache.
 
     Args:
         name: a folder, a model of the zoo, or USER/REPO[@revision] on the Hub.
         files: their names; all come from one commit.
-        token: for the Hub; what the user is logged in with if None.
         what: they are together, for messages.
 
     Raises:
@@ -74,12 +73,12 @@ def fetch(name: str, *files: str, token: str | None = None, what: str = "finishe
     failure: Exception | None = None
     with asking_hub(f"{name} is no folder here, and on the Hub"):
         try:  # the client would ask for files many times before it says why it cannot have them
-            HfApi(token=token).model_info(repo_id, revision=revision)
+            HfApi().model_info(repo_id, revision=revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
             failure = error
         for file in files:
             try:
-                found = hf_hub_download(repo_id, file, revision=revision, token=token, local_files_only=bool(failure))
+                found = hf_hub_download(repo_id, file, revision=revision, local_files_only=bool(failure))
             except LocalEntryNotFoundError:
                 if failure is None:
                     raise
@@ -100,17 +99,16 @@ def pin(name: str) -> str:
     return f"{on_hub[1]}@{path.parent.name}" if on_hub and not Path(name).is_dir() else str(path.parent)
 
 
-def load_search(name: str, token: str | None = None) -> SearchResult:
+def load_search(name: str) -> SearchResult:
     """The result of a finished search.
 
     Args:
         name: run folder of the search, folder of a model that it found, or USER/REPO[@revision] of one on the Hub.
-        token: for the Hub; what the user is logged in with if None.
 
     Raises:
         InputError: if there is none, it is of another kind or version, or the Hub cannot be read.
     """
-    return SearchResult.read(fetch(name, "search.json", token=token)[0], f"{name}: search.json")
+    return SearchResult.read(fetch(name, "search.json")[0], f"{name}: search.json")
 
 
 def load_supernets(name: str) -> tuple[SearchResult, dict[str, Tensor]]:
@@ -170,8 +168,6 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
-    token: str | None = None,
-    endpoint: str | None = None,
 ) -> str:
     """Push a model folder or a finished search to the Hub, in one commit; none if nothing changed.
 
@@ -185,8 +181,6 @@ def push(
         revision: branch to push to; made if it does not exist.
         create_pr: open a pull request instead of committing.
         license: what the card and the record are to name instead of their own, as the Hub writes it.
-        token: what the user is logged in with if None.
-        endpoint: another Hub than that of HF_ENDPOINT.
 
     Returns:
         where to see it: the address of the repository, branch or pull request.
@@ -199,7 +193,7 @@ def push(
     folder = Path(folder)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     title, allowed, files = _contents(folder, repo_id, license)
-    api = HfApi(endpoint, token, library_name="bmsn_zoo", library_version=__version__)
+    api = HfApi(library_name="bmsn_zoo", library_version=__version__)
     try:
         with asking_hub(repo_id):
             info = _prepare(api, repo_id, private, revision)

@@ -166,7 +166,7 @@ class OneShotSearch(SearchBase):
             InputError: if there is too little memory.
         """
         config, size, parts = self.config, self.source.image_size, self.role.shard[1]
-        macs, dearest = max((self.space.macs(layout, size, config.in_chans), layout) for layout in self.space)
+        macs, dearest = max((self.macs(layout), layout) for layout in self.space)
         supernet, batch = self.trainers[self.role.owned[0]].supernet, config.batch_size // parts
         evaluated = min(config.eval_batch_size, len(self.score_split))
         if self.device.type == "cpu" and self.spending.dearest // parts + evaluated * macs > _TRIED_ON_CPU:
@@ -196,9 +196,7 @@ class OneShotSearch(SearchBase):
 
     def rank(self, accuracy_matrix: Tensor) -> Ranking:
         """All layouts by their accuracy, (L, M)."""
-        return build_result(
-            self.space, accuracy_matrix, self.source.image_size, self.config.in_chans, self.strategy.own
-        )
+        return build_result(self.space, accuracy_matrix, self.macs, self.strategy.own)
 
     def count_costs(self, costs: Sequence[int]) -> None:
         """Say what a step costs with each layout, in multiply-accumulates; what is too dear is refused."""
@@ -223,11 +221,11 @@ class OneShotSearch(SearchBase):
 
     def _confirming(self) -> float:
         """Multiply-accumulates of the confirmation, as expected."""
-        config, size = self.config, self.source.image_size
-        choices = min(config.confirm, len(self.space)) if self.space.default_layout in list(self.space) else 0
+        config = self.config
+        choices = min(config.confirm, len(self.space)) if self.space.default_layout in self.space else 0
         if not choices:
             return 0.0
-        macs = sum(self.space.macs(layout, size, config.in_chans) for layout in self.space) / len(self.space)
+        macs = sum(map(self.macs, self.space)) / len(self.space)
         epochs = self._confirm_epochs(config.epochs or math.ceil(self.spending.last / self.epoch_steps))
         return choices * epochs * 3 * len(self.weight_split) * macs
 

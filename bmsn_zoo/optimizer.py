@@ -2,7 +2,9 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
@@ -63,3 +65,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use a rate from now on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def decay_powers(config: SearchConfig, macs: Sequence[int]) -> list[float]:
+    """The power with which each layout's learning rate decays: linear in the logarithm of its multiply-accumulates,
+    from `gamma_cheap` to `gamma_dear` (DYNAS, CVPR 2025, where parameters are counted: layouts have equally many)."""
+    logs = np.log(macs)
+    return np.interp(logs, [logs.min(), logs.max()], [config.gamma_cheap, config.gamma_dear]).tolist()
+
+
+def cost_quarters(macs: Sequence[int]) -> list[int]:
+    """For each layout, in which quarter of them it is by cost, 0 being the cheapest."""
+    return (np.argsort(np.argsort(macs, kind="stable")) * 4 // len(macs)).tolist()

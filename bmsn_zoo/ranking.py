@@ -1,6 +1,6 @@
 """What a search found: layouts ranked from its matrices. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb, hypot, sqrt
 from statistics import NormalDist
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import Layout
 from .results import Entry, Ranking, rank
 from .search_space import SearchSpace
 
@@ -17,8 +18,7 @@ _Z = NormalDist().inv_cdf(0.975)  # of 95 %, two-sided
 def build_result(
     space: SearchSpace,
     accuracy: Tensor,
-    image_size: int,
-    in_chans: int,
+    macs: Callable[[Layout], int],
     own: Sequence[int] | None = None,
     probability: Sequence[float] | None = None,
     trained_epochs: Sequence[int] | None = None,
@@ -30,8 +30,7 @@ def build_result(
 
     Args:
         accuracy: score-split accuracy of every layout under every supernet, fractions, (L, M).
-        image_size: side of the images in pixels, for the multiply-accumulates.
-        in_chans: channels of the images.
+        macs: multiply-accumulates of a layout.
         own: the supernet that alone says how good each layout is; the best of all says so if None.
         probability: of every layout, (L,), what to rank by instead.
         trained_epochs: of every layout, (L,), if some were trained alone for longer: they come first.
@@ -42,7 +41,7 @@ def build_result(
         Entry(
             layout=str(layout),
             accuracy=float(best[index]),
-            macs=space.macs(layout, image_size, in_chans),
+            macs=macs(layout),
             supernet=int(supernet[index]),
         )
         for index, layout in enumerate(space)

@@ -240,5 +240,4 @@ class RelaxedSearch(OneShotSearch):
     def rank(self, accuracy_matrix: Tensor) -> Ranking:
         """All layouts by their probability."""
         probability = self.strategy.projected_scores().softmax(0).tolist()
-        size = self.source.image_size
-        return build_result(self.space, accuracy_matrix, size, self.config.in_chans, probability=probability)
+        return build_result(self.space, accuracy_matrix, self.macs, probability=probability)

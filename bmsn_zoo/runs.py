@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         home = parser.parse_args(argv).folder or RUNS
-        found = sorted((file for file in home.glob("*/run.json")), key=lambda file: file.stat().st_mtime)
+        found = sorted(home.glob("*/run.json"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise InputError(f"no runs in {home}: start one with {start_of('search')}, or give the folder they are in")
         sys.stdout.write(runs_table([file.parent for file in found]))

@@ -14,6 +14,7 @@ from .command import out_of_memory
 from .config import ALONE, SearchConfig, fit_to_images
 from .data import DataSource, stratified_split
 from .errors import InputError, first_line
+from .layout import Layout
 from .ranking import why_undecided
 from .results import Latencies, LatencyResult, Ranking, SearchDataset, SearchResult
 from .run_folder import RunFolder, save_tensors
@@ -39,10 +40,8 @@ class SearchBase:
 
     def __init__(self, config: SearchConfig, folder: RunFolder, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
-        space, self.source = (
-            SearchSpace(config.model, config.default_layout),
-            DataSource(config, torch.get_num_threads()),
-        )
+        space = SearchSpace(config.model, config.default_layout)
+        self.source = DataSource(config, torch.get_num_threads())
         space.backbone.check(space.default_layout, self.source.image_size)
         if (config.confirm or config.strategy in ALONE) and not timm.is_model(config.model):
             what = "confirm" if config.confirm else f"strategy {config.strategy}"
@@ -63,6 +62,10 @@ class SearchBase:
             self.space = self.space.at_most(config.max_latency, costs, f"max-latency {config.max_latency:g}", " ms")
         if accelerator.is_main_process and len(self.space) < len(space):
             _log.info("%d of %d layouts cost no more than allowed", len(self.space), len(space))
+
+    def macs(self, layout: Layout) -> int:
+        """Multiply-accumulates of one image."""
+        return self.space.macs(layout, self.source.image_size, self.config.in_chans)
 
     def begin_run(self) -> None:
         """Write what the run is, when nothing else can be refused."""
@@ -92,8 +95,8 @@ class SearchBase:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         classes = len(self.data.label_names)
         network = cost.deployable(self.space.backbone, classes, config.in_chans, device, dtype)
-        by_cost = sorted(self.space, key=lambda layout: self.space.macs(layout, size, config.in_chans))
-        dearest = self.space.macs(by_cost[-1], size, config.in_chans)
+        by_cost = sorted(self.space, key=self.macs)
+        dearest = self.macs(by_cost[-1])
         batches = [1] if device.type == "cpu" and _BATCH * dearest > _BATCHED_ON_CPU else [1, _BATCH]
         found = []
         with runtime.full_float32():

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator, PartialState
 
-from . import hub, progress, report, runtime
+from . import hub, report, runtime
 from .command import run_command, speak, take_dry_run
 from .config import RELAXED, SearchConfig, load_recipe, over_recipe
 from .errors import InputError
 from .one_shot import OneShotSearch
-from .optimizer import create_optimizer, set_learning_rate
+from .optimizer import cost_quarters, create_optimizer, decay_powers, set_learning_rate
+from .progress import rehearse
 from .relaxed import RelaxedSearch
 from .run_folder import RunFolder, last_precision, open_run, resolve_config, run_name
-from .spending import cost_quarters, decay_powers
 from .starts import find_start
 from .step import Lag, Trainer, check_finite, train_and_score
 from .strategies import STRATEGIES, Draw, Strategy, create_strategy, scorings
@@ -62,11 +62,10 @@ def try_search(config: SearchConfig) -> Path:
     """Print what a search would do, and how long it would take, as a few of its steps show; it writes to no folder."""
     kind, accelerator = _kind(config.strategy), runtime.start(config)
     run = kind(config, RunFolder(Path(os.devnull), dry=True), accelerator)
-    seconds = progress.rehearse(run.run)
-    costs = {layout: run.space.macs(layout, run.source.image_size, config.in_chans) for layout in run.space}
-    dearest = max(costs, key=costs.__getitem__)
+    seconds = rehearse(run.run)
+    dearest = max(run.space, key=run.macs)
     if accelerator.is_main_process:
-        layouts = f"{len(costs)}, the dearest {dearest} with {costs[dearest] / 1e6:.1f} M MACs"
+        layouts = f"{len(run.space)}, the dearest {dearest} with {run.macs(dearest) / 1e6:.1f} M MACs"
         report.print_dry_run(run.config, layouts, seconds, runtime.peak_memory_mib(accelerator.device))
     return run.folder.path
 
@@ -87,7 +86,7 @@ class _Search(OneShotSearch):
             raise InputError("parallel mixture: this search scores all supernets in every step: use --parallel data")
         # multiply-accumulates of a step: training costs three forwards, a scoring one
         scored = scorings(self.strategy, len(self.mixture))
-        macs = [self.space.macs(layout, self.source.image_size, config.in_chans) for layout in self.space]
+        macs = [self.macs(layout) for layout in self.space]
         self.costs = [(3 + scored) * config.batch_size * one for one in macs]
         self.count_costs(self.costs)
         # with rates by cost, each quarter of the layouts moves the same weights with momentum of its own

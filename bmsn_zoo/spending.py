@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from .config import SearchConfig
 from .errors import InputError
 
@@ -93,15 +91,3 @@ class Spending:
             assert self.config.epochs
             return max(0, step // self.epoch_steps - (self.config.epochs - count))
         return sum(self.progress(step) >= 1 - _LATE * (count - done) / count for done in range(1, count))
-
-
-def decay_powers(config: SearchConfig, macs: Sequence[int]) -> list[float]:
-    """The power with which each layout's learning rate decays: linear in the logarithm of its multiply-accumulates,
-    from `gamma_cheap` to `gamma_dear` (DYNAS, CVPR 2025, where parameters are counted: layouts have equally many)."""
-    logs = np.log(macs)
-    return np.interp(logs, [logs.min(), logs.max()], [config.gamma_cheap, config.gamma_dear]).tolist()
-
-
-def cost_quarters(macs: Sequence[int]) -> list[int]:
-    """For each layout, in which quarter of them it is by cost, 0 being the cheapest."""
-    return (np.argsort(np.argsort(macs, kind="stable")) * 4 // len(macs)).tolist()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,29 +41,23 @@ class Mixture:
         pretrained: bool = False,
         prepare: Callable[[Any], None] | None = None,
     ) -> None:
-        self.space, self.sharing, self.pretrained, self._prepare = space, sharing, pretrained, prepare
-        self.supernets: list[Any] = []
+        self.space, self.supernets = space, list[Any]()
+        weights = {"pretrained": True} if pretrained else {}
+        if pretrained:
+            require_weights(space.name)
+        levels = max(layout.num_scales for layout in space)
+
+        def create() -> Any:
+            network = space.backbone.create(num_classes=num_classes, in_chans=in_chans, **weights)
+            if prepare:
+                prepare(network)
+            return network
+
         with torch.random.fork_rng(devices=[]):
             for index in range(mixture_size):
                 torch.manual_seed((seed << 16) + index)
-                self.supernets.append(self._create(num_classes, in_chans))
-
-    def _create(self, num_classes: int, in_chans: int) -> Any:
-        make = partial(self.space.backbone.create, num_classes=num_classes, in_chans=in_chans)
-        if self.pretrained:
-            require_weights(self.space.name)
-            make = partial(make, pretrained=True)
-
-        def create() -> Any:
-            network = make()
-            if self._prepare:
-                self._prepare(network)
-            return network
-
-        if self.sharing == "shared":
-            return create()
-        levels = max(layout.num_scales for layout in self.space)
-        return UnsharedSupernet(create, levels, same_start=self.sharing == "same")
+                shared = sharing == "shared"
+                self.supernets.append(create() if shared else UnsharedSupernet(create, levels, sharing == "same"))
 
     def __len__(self) -> int:
         return len(self.supernets)

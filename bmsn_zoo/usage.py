@@ -146,7 +146,7 @@ def start_of(command: str) -> str:
     return f"accelerate launch -m bmsn_zoo.{_MODULES[command]}"
 
 
-def wrapped(command: str, indent: int = 4) -> str:
+def wrapped(command: str) -> str:
     """A command within 80 columns, where its words allow, broken before flags so that it can still be copied."""
     lines: list[str] = []
     for number, word in enumerate(map(shlex.quote, shlex.split(command))):
@@ -155,11 +155,11 @@ def wrapped(command: str, indent: int = 4) -> str:
         else:
             lines[-1] += f" {word}"
     first, *flags = lines
-    lines = [" " * indent + first]
+    lines = [f"    {first}"]
     for flag in flags:
         if len(lines[-1]) + len(flag) > 77:
             lines[-1] += " \\"
-            lines.append(" " * 2 * indent + flag)
+            lines.append(f"        {flag}")
         else:
             lines[-1] += f" {flag}"
     return "\n".join(lines)

@@ -10,8 +10,12 @@ from bmsn_zoo.results import Entry, Ranking, pareto_front
 SPACE = SearchSpace("bmsn_resnet20")
 
 
+def macs(layout):
+    return SPACE.macs(layout, 32)
+
+
 def result_of(accuracy, space=SPACE):
-    return build_result(space, accuracy, image_size=32, in_chans=3)
+    return build_result(space, accuracy, macs)
 
 
 def test_layouts_are_ranked_by_their_best_supernet():
@@ -33,7 +37,7 @@ def test_layouts_are_ranked_by_their_best_supernet():
 
 def test_a_layout_may_be_ranked_by_its_own_supernet_alone():
     accuracy, own = torch.rand(36, 3, dtype=torch.float64), [layout % 3 for layout in range(36)]
-    result = build_result(SPACE, accuracy, 32, 3, own)
+    result = build_result(SPACE, accuracy, macs, own)
     assert Ranking.model_validate_json(result.model_dump_json()) == result
     for entry in result.ranking:
         layout = SPACE.index(entry.layout)
@@ -71,7 +75,7 @@ def test_part_of_a_search_space_with_its_default_or_without(layouts):
 def test_layouts_that_were_trained_for_longer_come_first_and_tie_with_their_like_alone():
     accuracy, epochs = torch.full((36, 1), 0.5, dtype=torch.float64), [3] * 36
     accuracy[7], accuracy[5], accuracy[9], epochs[5], epochs[9] = 0.9, 0.7, 0.69, 27, 27
-    result = build_result(SPACE, accuracy, 32, 3, trained_epochs=epochs)
+    result = build_result(SPACE, accuracy, macs, trained_epochs=epochs)
     assert [entry.layout for entry in result.ranking[:3]] == [str(list(SPACE)[index]) for index in (5, 9, 7)]
     assert result.best.accuracy == 0.7
     assert [entry.layout for entry in result.ranking if tied(result, entry, 10)] == [str(list(SPACE)[9])]

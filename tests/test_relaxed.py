@@ -1,6 +1,7 @@
 """Relaxed searches, and supernets whose units hold a set of weights for each resolution."""
 
 import json
+from functools import partial
 from itertools import accumulate, pairwise, product
 from math import prod
 
@@ -160,13 +161,13 @@ def test_layouts_are_ranked_by_their_projected_scores():
     close(list(details["projected_scores"].values()), scores)
     close(torch.tensor(details["alpha"]), logs.exp())
 
-    accuracy = torch.rand(36, 1, dtype=torch.float64)
-    found = build_result(SPACE, accuracy, 32, 3, probability=alpha.projected_scores().softmax(0).tolist())
+    accuracy, macs = torch.rand(36, 1, dtype=torch.float64), partial(SPACE.macs, image_size=32)
+    found = build_result(SPACE, accuracy, macs, probability=alpha.projected_scores().softmax(0).tolist())
     assert [e.layout for e in found.ranking] == sorted(map(str, SPACE), key=lambda a: -details["projected_scores"][a])
     assert sum(found.values.values()) == pytest.approx(1)
     assert all(entry.accuracy == accuracy[SPACE.index(entry.layout), 0] for entry in found.ranking)
     assert why_undecided(found, 0.99, 100) is None
-    even = build_result(SPACE, accuracy, 32, 3, probability=[1 / 36] * 36)
+    even = build_result(SPACE, accuracy, macs, probability=[1 / 36] * 36)
     assert why_undecided(even, 0.1, 100) == "1-1-8 and 1-2-7 are equally probable"
 
 

@@ -7,8 +7,8 @@ import pytest
 from bmsn_zoo import InputError, SearchSpace, cost
 from bmsn_zoo import searching as search_module
 from bmsn_zoo.config import SearchConfig, over_recipe
-from bmsn_zoo.optimizer import learning_rate
-from bmsn_zoo.spending import Spending, cost_quarters, decay_powers
+from bmsn_zoo.optimizer import cost_quarters, decay_powers, learning_rate
+from bmsn_zoo.spending import Spending
 
 SPACE = SearchSpace("bmsn_resnet20")
 MACS = [SPACE.macs(layout, 16) for layout in SPACE]

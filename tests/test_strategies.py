@@ -13,9 +13,9 @@ from scipy.stats import chisquare
 from bmsn_zoo import InputError, SearchSpace
 from bmsn_zoo import searching as search
 from bmsn_zoo.config import SearchConfig
+from bmsn_zoo.optimizer import decay_powers
 from bmsn_zoo.results import SearchResult
 from bmsn_zoo.run_folder import RunFolder
-from bmsn_zoo.spending import decay_powers
 from bmsn_zoo.strategies import STRATEGIES, BalancedMixture, Draw, create_strategy
 
 ALL = range(4)

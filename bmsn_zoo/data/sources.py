@@ -74,8 +74,7 @@ class DataSource:
         self.config = config
         self.workers = min(threads, 8) if config.workers is None else config.workers
         self._splits, self.on_hub = load_splits(config)
-        splits = self._splits
-        train, name = self._take_split(splits, config.train_split), repr(config.dataset)
+        train, name = self._take_split(config.train_split), repr(config.dataset)
         self.image_column = _find_column(train.features, config.image_column, "image", name)
         self.label_column = _find_column(train.features, config.label_column, "label", name)
         if len(train) == 0:
@@ -84,7 +83,7 @@ class DataSource:
         rows = np.arange(len(train))
         labels = self._labels(Part(train, config.train_split, rows))
 
-        test_name = config.test_split or default_test_split(splits)
+        test_name = config.test_split or default_test_split(self._splits)
         self.test_split = test_name or "a fixed fifth of the training images"
         if test_name is None:
             rows, fifth = stratified_split(labels, 0.2, 0, "a test fifth and the training images", self.label_names)
@@ -92,7 +91,7 @@ class DataSource:
         elif test_name == config.train_split:
             raise InputError(f"test-split {test_name!r} is the training split too: the test must be held out")
         else:
-            test = self._take_split(splits, test_name)
+            test = self._take_split(test_name)
             self.held_out = Part(test, test_name, np.arange(len(test)))
         if config.limit is not None and config.limit < len(rows):
             rows = rows[_stratified_sample(labels[rows], config.limit)]
@@ -151,7 +150,7 @@ class DataSource:
         if found in (None, "none"):
             return None
         try:
-            table = self._take_split(self._splits, str(found))
+            table = self._take_split(str(found))
             images = self._load_other(Part(table, str(found), np.arange(len(table))))
             _log.info("%d images of split %r are watched", len(table), found)
             return images
@@ -201,10 +200,10 @@ class DataSource:
             "std": list(data.std),
         }
 
-    def _take_split(self, splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
-        if name not in splits:
-            raise InputError(f"dataset {self.config.dataset!r} has no split {name!r}: it has {', '.join(splits)}")
-        return splits[name]
+    def _take_split(self, name: str) -> datasets.Dataset:
+        if name not in self._splits:
+            raise InputError(f"dataset {self.config.dataset!r} has no split {name!r}: it has {', '.join(self._splits)}")
+        return self._splits[name]
 
     def _labels(self, part: Part) -> np.ndarray:
         """Class index of every row, int64; classes are matched by name, whatever their order in this split."""

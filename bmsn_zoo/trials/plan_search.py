@@ -1,7 +1,5 @@
 """The loop of a search by standalone trainings: a plan says which, until it has no more."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +13,7 @@ from accelerate import Accelerator
 from .. import progress
 from ..config import SearchConfig
 from ..errors import InputError
-from ..files import write_text
+from ..files import write_csv
 from ..ranking import build_result
 from ..results import Ranking, TrialResult
 from ..run_folder import RunFolder
@@ -86,10 +84,9 @@ class PlanSearch(SearchBase):
 
     def _work(self, trial: Trial) -> int:
         """Multiply-accumulates of a training and of its measurement, as its result states them."""
-        macs = self.space.macs(trial.layout, self.source.image_size, self.config.in_chans)
         weight, score = map(len, self.halves)
         trained = trial.epochs * (weight // self.config.batch_size) * self.config.batch_size
-        return (3 * trained + score) * macs
+        return (3 * trained + score) * self.macs(trial.layout)
 
     def _try_dearest(self, runner: Runner) -> None:
         """A few steps of it, as a worker trains it; as many go on at a time as there are jobs."""
@@ -120,7 +117,7 @@ class PlanSearch(SearchBase):
         space = self.space.subset(accuracy)
         matrix = torch.tensor([[accuracy[layout]] for layout in space], dtype=torch.float64)
         trained = [chosen[layout] for layout in space] if len({*chosen.values()}) > 1 else None
-        return build_result(space, matrix, self.source.image_size, self.config.in_chans, trained_epochs=trained)
+        return build_result(space, matrix, self.macs, trained_epochs=trained)
 
     def _write_result(self) -> None:
         """Write search.json, and the table of a brute force."""
@@ -138,13 +135,18 @@ class PlanSearch(SearchBase):
 
     def _write_table(self) -> None:
         """ground_truth.csv: a row for each layout and seed, accuracies in percent, as published tables have them."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("layout", "standalone_top1", "seed", "epochs", "held_out_images", "macs"))
-        for trial, result in sorted(self.done.items()):
-            top1 = f"{100 * result.holdout_accuracy:.2f}"
-            writer.writerow((trial.layout, top1, trial.seed, trial.epochs, result.holdout_images, result.macs))
-        write_text(self.folder.path / "ground_truth.csv", file.getvalue())
+        rows = [
+            {
+                "layout": trial.layout,
+                "standalone_top1": f"{100 * result.holdout_accuracy:.2f}",
+                "seed": trial.seed,
+                "epochs": trial.epochs,
+                "held_out_images": result.holdout_images,
+                "macs": result.macs,
+            }
+            for trial, result in sorted(self.done.items())
+        ]
+        write_csv(self.folder.path / "ground_truth.csv", rows)
 
 
 def _describe(trial: Trial, result: TrialResult) -> dict[str, Any]:
