@@ -1,6 +1,5 @@
 """Settings of a run: recipe file, then flags, strictly checked, and written down again. No torch here."""
 
-import argparse
 import difflib
 import math
 import os
@@ -573,95 +572,6 @@ def _hint(key: Any, known: type[DataConfig]) -> str:
         return f"it belongs under {' or '.join(homes)}"
     close = difflib.get_close_matches(key, _names(known), 1)
     return f"did you mean {close[0]}?" if close else f"see --help for the {len(_names(known))} that exist"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other mistake."""
-
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message} (see --help)")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = self._flags()
-            bare = not unknown[0].startswith("-") and "--dataset" in flags
-            close = ["--dataset FOLDER"] if bare else difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            raise InputError(f"unknown argument {brief(unknown[0])}: {hint}")
-        return known
-
-    def _flags(self) -> list[str]:
-        """All flags, those of commands below this one included."""
-        below = [c for a in self._actions if isinstance(a, argparse._SubParsersAction) for c in a.choices.values()]
-        return [*self._option_string_actions, *(flag for command in below for flag in command._flags())]
-
-
-class _Help(argparse.Action):
-    """Prints the flags that matter most; all of them as `--help-all`."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
-        if given[-1] != "--help-all":
-            for group in parser._action_groups[3:]:  # behind argparse's own two, and ours of the first flags
-                for action in group._group_actions:
-                    action.help = argparse.SUPPRESS
-        parser.print_help()
-        parser.exit()
-
-
-def add_push_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags that say how to push to the Hub."""
-    parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="push to this branch of the Hub repository")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
-
-
-def build_parser(
-    config_class: type[DataConfig], description: str, first: Sequence[str] = (), example: str = ""
-) -> argparse.ArgumentParser:
-    """A parser with one flag for every setting; flags not given are absent from the result.
-
-    Args:
-        first: flags that `--help` shows; `--help-all` shows all.
-        example: a line below them.
-    """
-    parser = Parser(
-        usage="%(prog)s [--FLAG VALUE ...]", description=description, epilog=example, allow_abbrev=False,
-        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    of_all = (
-        "what matters most",
-        "data and model",
-        config_class.__name__.removesuffix("Config").lower(),
-        "this machine",
-        "Hub",
-    )
-    most, data, own, machine, pushing = (parser.add_argument_group(title) for title in of_all)
-    most.add_argument("--help", "-h", "--help-all", action=_Help, nargs=0, help="these flags, or all of them")
-    most.add_argument("--output", help="folder of this run; a new one under runs/ if not given")
-    most.add_argument("--resume", action="store_true", help="continue the run in --output")
-    pushing.add_argument("--push-to-hub", metavar="USER/REPO", help="push the result to this repository at the end")
-    add_push_flags(pushing)
-    machine.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print settings, layouts, time and memory, as a few steps show them, and stop; nothing is written",
-    )
-    loud = machine.add_mutually_exclusive_group()
-    loud.add_argument("--quiet", action="store_true", help="print the result and errors alone")
-    loud.add_argument("--verbose", action="store_true", help="also log versions, settings and every step")
-    for name, field in config_class.model_fields.items():
-        flag, choices = "--" + name.replace("_", "-"), about(config_class, name)["choices"]
-        default = "" if field.default is None else f" (default: {field.default})"
-        help_text = str(field.description).replace("%", "%%") + default
-        rest = machine if about(config_class, name)["environment"] else data if name in DataConfig.model_fields else own
-        group = most if flag[2:] in first else rest
-        if kind_of(config_class, name) is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
-        else:
-            metavar = "|".join(map(str, choices)) if choices else name.split("_")[-1].upper()
-            group.add_argument(flag, metavar=metavar, help=help_text)
-    return parser
 
 
 def build_config(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:

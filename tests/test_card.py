@@ -16,13 +16,14 @@ from small_runs import DEFAULT, FOUND
 
 from bmsn_zoo import InputError, Layout, card, hub
 from bmsn_zoo.card import SOME_NAME, interval, portable, ranked_rows, search_card, write_card
-from bmsn_zoo.config import TrainConfig, build_config, build_parser, load_recipe, over_recipe, shipped_folder
+from bmsn_zoo.config import TrainConfig, build_config, load_recipe, over_recipe, shipped_folder
 from bmsn_zoo.data import normalise
 from bmsn_zoo.data.pixels import to_pixels
 from bmsn_zoo.model_folder import load_model, save_model
 from bmsn_zoo.ranking import standard_error
 from bmsn_zoo.report import PICTURE, search_table
 from bmsn_zoo.results import SearchResult, TrainResult
+from bmsn_zoo.usage import build_parser
 
 ZOO = shipped_folder("hub_configs")
 SHIPPED = sorted(file.parent.name for file in ZOO.glob("*/config.json"))

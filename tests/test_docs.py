@@ -1,4 +1,4 @@
-"""The pages stay true: their commands parse, their snippets run, their pictures are there."""
+"""The README and the pages stay true: their commands parse, their snippets run, their pictures are there."""
 
 import re
 import shlex
@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import bmsn_zoo
-from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, build_parser
+from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, load_recipe
 from bmsn_zoo.search_space import SearchSpace
 from bmsn_zoo.strategies import STRATEGIES
-from bmsn_zoo.usage import parser_of
+from bmsn_zoo.usage import build_parser, parser_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -19,7 +19,8 @@ SCRIPTS = {"search.py": SearchConfig, "train.py": TrainConfig}
 
 
 def commands(pattern):
-    text = "\n".join(PAGES.values()).replace("NAME`", "uniform`").replace("FOLDER`", "photos`")
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    text = "\n".join([readme, *PAGES.values()]).replace("NAME`", "uniform`").replace("FOLDER`", "photos`")
     return sorted(set(re.findall(pattern, text)))
 
 
@@ -27,7 +28,10 @@ def commands(pattern):
 def test_every_script_is_accepted(command):
     script, *arguments = shlex.split(command)
     given = vars(build_parser(SCRIPTS[script], "").parse_args(arguments))
-    build_config(SCRIPTS[script], {name: given[name] for name in given if name in SCRIPTS[script].model_fields})
+    settings = {name: given[name] for name in given if name in SCRIPTS[script].model_fields}
+    build_config(
+        SCRIPTS[script], {**(load_recipe(given["recipe"], SCRIPTS[script]) if "recipe" in given else {}), **settings}
+    )
 
 
 @pytest.mark.parametrize("command", commands(r"python -m bmsn_zoo\.[a-z]+[^`\n]*"))
