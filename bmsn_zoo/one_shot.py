@@ -31,7 +31,6 @@ from .data import (
 )
 from .errors import InputError
 from .layout import Layout
-from .models import PoolingResNet
 from .optimizer import create_optimizer, learning_rate
 from .progress import Bar
 from .ranking import build_result
@@ -138,8 +137,8 @@ class OneShotSearch(SearchBase):
         self.late: list[Tensor] = []
         self.optimizers: dict[str, AcceleratedOptimizer] = {}
 
-    def _trainer(self, supernet: PoolingResNet) -> Trainer:
-        supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def _trainer(self, supernet: Any) -> Trainer:
+        supernet = supernet.to(self.device, memory_format=torch.channels_last)
         whole = self.wrap(supernet)
         if self.config.grad_checkpointing:
             if whole is not supernet or not hasattr(supernet, "set_grad_checkpointing"):
@@ -190,7 +189,7 @@ class OneShotSearch(SearchBase):
                 "or --eval-batch-size, or --grad-checkpointing"
             ) from error
 
-    def wrap(self, supernet: PoolingResNet) -> nn.Module:
+    def wrap(self, supernet: Any) -> Any:
         """The supernet as its training steps run it."""
         return supernet
 

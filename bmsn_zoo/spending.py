@@ -48,9 +48,10 @@ class Spending:
             raise InputError("budget: parallel mixture ends after epochs alone: use --parallel data, or give --epochs")
         if self._limit < self.dearest:
             least = config.evaluate_last * evaluation + self.dearest
+            late = f"{config.evaluate_last} evaluations" if config.evaluate_last > 1 else "an evaluation"
             raise InputError(
                 f"budget {config.budget:.4g} is too small: give at least {least} multiply-accumulates, which pay for "
-                f"one step and {config.evaluate_last} evaluation(s) of all layouts"
+                f"one step and {late} of all layouts"
             )
         self.last = self._limit / self._mean
 

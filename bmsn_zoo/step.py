@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .layout import Layout
-from .models import PoolingResNet
 
 T = TypeVar("T")
 
@@ -20,7 +19,7 @@ T = TypeVar("T")
 class Trainer(NamedTuple):
     """A supernet and what trains it; `network` is the supernet as accelerate prepared it."""
 
-    supernet: PoolingResNet
+    supernet: Any  # with `set_layout`, as `Mixture.supernets`
     network: nn.Module
     optimizer: AcceleratedOptimizer
 
@@ -31,7 +30,7 @@ def train_and_score(
     batch: tuple[Tensor, Tensor],
     score_batch: tuple[Tensor, Tensor] | None,
     accelerator: Accelerator,
-    scored: Sequence[PoolingResNet] | None = None,
+    scored: Sequence[Any] | None = None,
 ) -> Tensor:
     """Train a supernet with one layout, then score the two on other images (paper, Algorithm 1).
 
@@ -64,7 +63,7 @@ def train_and_score(
 
 
 @torch.no_grad()
-def _score(supernets: Sequence[PoolingResNet], layout: Layout, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _score(supernets: Sequence[Any], layout: Layout, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Accuracy of each supernet, not of the network that wraps it: there are no gradients to average."""
     images, labels = batch
     for supernet in supernets:

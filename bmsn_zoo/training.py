@@ -34,7 +34,6 @@ from .data import (
     random_stream,
     shuffled_batches,
     stratified_split,
-    to_device,
 )
 from .errors import InputError
 from .evaluate import count_classes, evaluate
@@ -291,11 +290,11 @@ class Training:
         order = shuffled_batches(
             len(self.images), config.batch_size, random_stream(config.seed, ORDER, epoch), self.shard
         )
-        crops = augment.draw(self.epoch_steps, config.batch_size, rng, self.shard)
+        crops = augment.draw(self.epoch_steps, config.batch_size, rng, self.shard, self.device)
         if config.alternate_flip:
             first = random_stream(config.seed, AUGMENT).integers(0, 2, len(self.images))
             crops[:, -1] = torch.from_numpy((first[np.stack(order)] + epoch) % 2)
-        return zip(order, crops if augment.resized else to_device(crops, self.device), strict=True)
+        return zip(order, crops, strict=True)
 
     def _describe_epoch(self, epoch: int, means: np.ndarray, started: float) -> dict[str, object]:
         """A row of metrics.jsonl; `means` are the loss and the accuracy on augmented training images."""
