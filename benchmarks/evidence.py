@@ -4,9 +4,10 @@ results/searches.md comes from the searches in results/searches, results/zoo.md 
 every model's metrics.json, and from results/public.csv, other people's weights.
 
 A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
-row of results/PROTOCOL.md. Rows that begin with dev- are of the development: what they are judged by needs no truth,
-so the published table is not read for them, but their seeds are compared, and some layouts that were trained alone and
-measured on held-out training images: the trial.json of each is in results/alone, in folders of trainings alike.
+row of results/PROTOCOL.md. Rows that begin with c100- are of CIFAR-100, the others of CIFAR-10. Those that begin with
+dev- are of the development: what they are judged by needs no truth, so the published table is not read for them, but
+their seeds are compared, and some layouts that were trained alone and measured on held-out training images: the
+trial.json of each is in results/alone, in folders of trainings alike.
 """
 
 import csv
@@ -95,16 +96,16 @@ def _numbers(found: Sequence[Quality]) -> list[str]:
 
 def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
     """Every run by itself, with what it was run on."""
-    cells = [["run", "recommends", "score accuracy", *(["tau", "front", "confirmation"] if true else []), "minutes",
+    cells = [["run", "recommends", "score accuracy", *(["tau", "front"] if true else []), "confirmation", "minutes",
               "hardware", "precision", "commit"]]  # fmt: skip
     for name, by_seed in rows.items():
         for seed, result in sorted(by_seed.items()):
             found = result.to_train("best")
             one = measured(result) if true else None
             verdict = result.confirmed.verdict if result.confirmed else "none"
-            judged = [f"{one.tau:.3f}", f"{100 * one.front_regret:.2f}", verdict] if one else []
+            judged = [f"{one.tau:.3f}", f"{100 * one.front_regret:.2f}"] if one else []
             cells.append([f"[{name}-s{seed}](searches/{name}-s{seed}.json)", found.layout,
-                          f"{100 * found.accuracy:.2f}", *judged, f"{result.duration_seconds / 60:.0f}",
+                          f"{100 * found.accuracy:.2f}", *judged, verdict, f"{result.duration_seconds / 60:.0f}",
                           result.hardware, result.precision, (result.commit or "unknown")[:7]])  # fmt: skip
     return markdown(cells) + "\n"
 
@@ -133,7 +134,8 @@ def alone_table(ways: dict[str, dict[Layout, TrialResult]]) -> str:
 
 def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout, TrialResult]]) -> str:
     """results/searches.md."""
-    final = {name: row for name, row in rows.items() if not name.startswith("dev-")}
+    final = {name: row for name, row in rows.items() if not name.startswith(("dev-", "c100-"))}
+    untrue = {name: row for name, row in rows.items() if name.startswith("c100-")}
     tried = {name: row for name, row in rows.items() if name.startswith("dev-")}
     accuracy = {way: {layout: result.holdout_accuracy for layout, result in found.items()}
                 for way, found in alone.items()}  # fmt: skip
@@ -149,7 +151,7 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout,
         both = {layout: longest[layout] for layout in longest if layout in values}
         agree.append([name, "-", "-", "-", mean_and_deviation([agreement(both, values)]), "-"])
     parts = [
-        "# Searches on CIFAR-10\n",
+        "# Searches on CIFAR-10 and CIFAR-100\n",
         "Written by `python benchmarks/evidence.py` from the records in `searches/`, which hold every run's command,\n"
         "seed, settings, versions and segments. Rows, metrics and rules: [PROTOCOL.md](PROTOCOL.md).\n",
         "Means and deviations over n seeds. tau, near (pairs of near-equal cost), regrets (points) and accuracy\n"
@@ -160,6 +162,8 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout,
         "## Every run\n",
         single_runs(final, true=True),
     ]
+    if untrue:
+        parts += ["## CIFAR-100\n", "No accuracies are published for its layouts.\n", single_runs(untrue, true=False)]
     if tried:
         parts += ["## Development\n", "Not read against the published table. alone: tau-b with the layouts that were\n"
                   "trained alone for longest, below.\n",
