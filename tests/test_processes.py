@@ -144,7 +144,8 @@ def test_one_launched_process_uses_all_cores(image_folder, tmp_path):
     segment = json.loads((tmp_path / "run" / "search.json").read_text())["segments"][0]
     assert segment["threads"] == len(os.sched_getaffinity(0))
     assert segment["precision"] == "fp32", "the flag wins over the file"
-    assert " accelerate launch train.py --from-search run\n" in done.stdout
+    script = os.path.relpath(ROOT / "train.py", tmp_path)
+    assert f" accelerate launch {script} --from-search run\n" in done.stdout, "from where it was started"
 
 
 @pytest.mark.slow
