@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bmsn_zoo.assignment import assign
+from bmsn_zoo.assignment import assign, update_score
 
 SHAPES = [(36, 2), (36, 4), (455, 8), (3, 5)]
 FAMILIES = {
@@ -117,3 +117,12 @@ def test_sharpness_must_be_finite_and_not_negative(sharpness):
 def test_iteration_limit_is_an_error_with_the_deviation():
     with pytest.raises(RuntimeError, match=r"after 1 steps.*\d% off"):
         assign(scores_of("one supernet best", (36, 4)), 300, max_iters=1)
+
+
+def test_update_moves_one_score():
+    scores = torch.ones(36, 4, dtype=torch.float64)
+    update_score(scores, 5, 2, accuracy=0.5, momentum=0.9)
+    assert scores[5, 2] == pytest.approx(0.95)
+    update_score(scores, 5, 2, accuracy=0.5, momentum=0.9)
+    assert scores[5, 2] == pytest.approx(0.905)
+    assert (scores == 1).sum() == 36 * 4 - 1

@@ -1,4 +1,4 @@
-"""The README and the pages stay true: their commands parse, their snippets run, their pictures are there."""
+"""The pages stay true: their commands parse, their snippets run, their pictures are there."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import bmsn_zoo
-from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, load_recipe
+from bmsn_zoo.config import SearchConfig, TrainConfig, build_config
 from bmsn_zoo.search_space import SearchSpace
 from bmsn_zoo.strategies import STRATEGIES
 from bmsn_zoo.usage import build_parser, parser_of
@@ -19,8 +19,7 @@ SCRIPTS = {"search.py": SearchConfig, "train.py": TrainConfig}
 
 
 def commands(pattern):
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    text = "\n".join([readme, *PAGES.values()]).replace("NAME`", "uniform`").replace("FOLDER`", "photos`")
+    text = "\n".join(PAGES.values()).replace("NAME`", "uniform`").replace("FOLDER`", "photos`")
     return sorted(set(re.findall(pattern, text)))
 
 
@@ -28,10 +27,7 @@ def commands(pattern):
 def test_every_script_is_accepted(command):
     script, *arguments = shlex.split(command)
     given = vars(build_parser(SCRIPTS[script], "").parse_args(arguments))
-    settings = {name: given[name] for name in given if name in SCRIPTS[script].model_fields}
-    build_config(
-        SCRIPTS[script], {**(load_recipe(given["recipe"], SCRIPTS[script]) if "recipe" in given else {}), **settings}
-    )
+    build_config(SCRIPTS[script], {name: given[name] for name in given if name in SCRIPTS[script].model_fields})
 
 
 @pytest.mark.parametrize("command", commands(r"python -m bmsn_zoo\.[a-z]+[^`\n]*"))

@@ -13,13 +13,29 @@ import pytest
 from PIL import Image
 
 from bmsn_zoo.card import portable
-from bmsn_zoo.config import SearchConfig, TrainConfig
+from bmsn_zoo.config import SearchConfig, TrainConfig, build_config, load_recipe
 from bmsn_zoo.results import Repeat, TrainResult
 from bmsn_zoo.usage import build_parser, parser_of
 
 ROOT = Path(__file__).parents[1]
 SOURCE = "bmsn_resnet20_cifar100"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"(?:search|train)\.py(?: [^`\n&#]*)?", README)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_accepted(command):
+    script, *arguments = shlex.split(command)
+    config_class = SearchConfig if script == "search.py" else TrainConfig
+    given = vars(build_parser(config_class, "").parse_args(arguments))
+    for name in ("output", "resume", "help", "push_to_hub", "private", "revision", "create_pr", "onnx"):
+        given.pop(name, None)
+    recipe = load_recipe(given["recipe"], config_class) if "recipe" in given else {}
+    build_config(config_class, {**recipe, **given})
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 6
 
 
 def test_every_flag_exists():

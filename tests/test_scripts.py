@@ -279,8 +279,15 @@ MISTAKES = {
     "hub data set": (["--dataset", "nobody/nothing"], "'nobody/nothing' cannot be loaded"),
     "image column": (["--image-column", "picture"], "no column 'picture'"),
     "label column": (["--label-column", "class"], "no column 'class'"),
+    "recipe": (["--recipe", "nothing"], "recipe 'nothing'"),
+    "mixture size": (["--mixture-size", "0"], "mixture-size 0 is too small"),
+    "epochs": (["--epochs", "2.5"], "is not a whole number"),
+    "learning rate": (["--lr", "nan"], "is not a finite number"),
     "batch": (["--batch-size", "4096"], "batch-size 4096"),
     "optimizer": (["--opt", "nothing"], "opt 'nothing'"),
+    "flag": (["--mixturesize", "4"], "--mixturesize"),
+    "precision": (["--mixed-precision", "fp8"], "mixed-precision 'fp8' is unknown"),
+    "resume nothing": (["--resume"], "to resume"),
 }
 
 
