@@ -56,8 +56,9 @@ def agreements(results: Sequence[SearchResult]) -> str:
     return mean_and_deviation(found) if found else "-"
 
 
-def how(result: SearchResult) -> str:
-    """Epochs, and the compute of the search and of its confirmation."""
+def how(results: Sequence[SearchResult]) -> str:
+    """Epochs, and the compute of the search and of its confirmation, of the first seed that recorded it."""
+    result = next((result for result in results if result.spent_macs), results[0])
     if not result.spent_macs:
         return f"{result.epochs} epochs, not recorded"
     confirmed = result.confirmed.spent_macs if result.confirmed else 0
@@ -81,7 +82,7 @@ def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
         results = [by_seed[seed] for seed in sorted(by_seed)]
         found = [measured(result) for result in results]
         cells.append([name, str(len(results)), ", ".join(str(one.choice) for one in found), *_numbers(found),
-                      agreements(results), how(results[0])])  # fmt: skip
+                      agreements(results), how(results)])  # fmt: skip
     return markdown(cells) + "\n"
 
 
@@ -145,7 +146,7 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout,
         results = list(by_seed.values())
         choices = ", ".join(result.pick("best").layout for result in results)
         like = mean_and_deviation([agreement(longest, scores(result)) for result in results])
-        agree.append([name, str(len(results)), choices, agreements(results), like, how(results[0])])
+        agree.append([name, str(len(results)), choices, agreements(results), like, how(results)])
     shorter = {f"{way}, alone": found for way, found in list(accuracy.items())[1:]}
     for name, values in {"multiply-accumulates": MACS, **shorter}.items():
         both = {layout: longest[layout] for layout in longest if layout in values}
