@@ -21,13 +21,15 @@ from bmsn_zoo import runtime
 from bmsn_zoo.config import TrainConfig
 from bmsn_zoo.data.loading import load_splits
 from bmsn_zoo.files import read_json, write_json, write_text
+from bmsn_zoo.model_folder import model_folder
 from bmsn_zoo.results import TrainResult, TrialResult
 from bmsn_zoo.training import main as train
 
 HOME = Path("runs/fine_tuning")
 SOURCE = "bmsn_resnet20_cifar100"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
-STARTS = {"scratch": "--layout 4-2-4", SOURCE: f"--init-from {SOURCE}"}  # whose layout that is
+LAYOUT = TrainResult.read(model_folder(SOURCE) / "metrics.json").layout
+STARTS = {"scratch": f"--layout {LAYOUT}", SOURCE: f"--init-from {SOURCE}"}
 RATES = ("0.1", "0.03", "0.01")
 SHARED = f"--dataset {HOME / 'images'} --epochs 20 --batch-size 32"
 TUNING = "--limit 600 --seed 100 --holdout 0.5 --measure holdout"
