@@ -1,7 +1,7 @@
 """The tables of results/ and of the README, from records alone: python benchmarks/evidence.py
 
-results/searches.md comes from the searches in results/searches, results/zoo.md and the README's table of models from
-every model's metrics.json, and from results/public.csv, other people's weights.
+results/searches.md and the README's table of searches come from the searches in results/searches, results/zoo.md and
+the README's table of models from every model's metrics.json, and from results/public.csv, other people's weights.
 
 A record is the search.json of a run without folders of its machine (`card.portable`), named ROW-sSEED.json after a
 row of results/PROTOCOL.md. Rows that begin with c100- are of CIFAR-100, the others of CIFAR-10. Those that begin with
@@ -29,6 +29,11 @@ RESULTS = ROOT / "results"
 TRUTH = reference.table("cifar10-resnet20")
 SPACE = SearchSpace("bmsn_resnet20")
 MACS = {layout: SPACE.macs(layout, 32, 3) for layout in SPACE}
+ROWS = {
+    "recommended": "by itself, `--recipe cifar10-resnet20`",
+    "published": "as in the paper, `--recipe cifar10-resnet20-published`, at this compute",
+    "uniform": "uniform, one supernet",
+}
 
 
 def load(folder: Path) -> dict[str, dict[int, SearchResult]]:
@@ -67,7 +72,7 @@ def how(results: Sequence[SearchResult]) -> str:
 
 
 def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
-    """Every row beside what costs nothing, and beside random trainings."""
+    """Every row beside what costs nothing, random trainings, and the searches of the paper's authors."""
     cells = [["row", "n", "recommends", "tau", "near", "regret", "front", "worst", "accuracy", "seeds agree", "10^15"]]
     for name, by in (("multiply-accumulates", dict(MACS)), ("activations", benchmark.activations(SPACE).scores)):
         free = quality(by, TRUTH.accuracy, MACS)
@@ -78,6 +83,9 @@ def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
         spent = trained * benchmark.training_macs(mean(MACS.values())) / 1e15
         cells.append([f"random, k = {trained}", "-", "-", "-", "-", f"{regret:.2f}", "-", "-", f"{100 * best:.2f}", "-",
                       f"{spent:.2f}"])  # fmt: skip
+    for supernets, by in TRUTH.supernet.items():
+        theirs = quality(by, TRUTH.accuracy, MACS)
+        cells.append([f"authors' table, M = {supernets}", "-", str(theirs.choice), *_numbers([theirs]), "-", "unknown"])
     for name, by_seed in rows.items():
         results = [by_seed[seed] for seed in sorted(by_seed)]
         found = [measured(result) for result in results]
@@ -93,6 +101,28 @@ def _numbers(found: Sequence[Quality]) -> list[str]:
         mean_and_deviation(values)
         for values in ([one.tau for one in found], [one.near_pairs for one in found], *points)
     ]
+
+
+def searches(rows: dict[str, dict[int, SearchResult]]) -> str:
+    """The README's table: what searches are worth at equal compute, beside a ranking that costs nothing."""
+    cells = [["search", "n", "its choice, trained alone", "Kendall's tau", "regret within a budget, points", "10^15"]]
+    for name, title in ROWS.items():
+        results = [rows[name][seed] for seed in sorted(rows[name])]
+        found = [measured(result) for result in results]
+        choices = ", ".join(dict.fromkeys(str(one.choice) for one in found))
+        tau, accuracy, front = (mean_and_deviation(values) for values in (
+            [one.tau for one in found],
+            [100 * one.accuracy for one in found],
+            [100 * one.front_regret for one in found],
+        ))  # fmt: skip
+        cells.append([title, str(len(found)), f"{accuracy} % ({choices})", tau, front, how(results).split(", ")[1]])
+    others = {"the authors' own table, mixture of four": (TRUTH.supernet[4], "unknown"),
+              "none: by multiply-accumulates": (dict(MACS), "0")}  # fmt: skip
+    for title, (by, spent) in others.items():
+        one = quality(by, TRUTH.accuracy, MACS)
+        cells.append([title, "-", f"{100 * one.accuracy:.2f} % ({one.choice})", f"{one.tau:.2f}",
+                      f"{100 * one.front_regret:.2f}", spent])  # fmt: skip
+    return markdown(cells) + "\n"
 
 
 def single_runs(rows: dict[str, dict[int, SearchResult]], true: bool) -> str:
@@ -157,7 +187,8 @@ def page(rows: dict[str, dict[int, SearchResult]], alone: dict[str, dict[Layout,
         "seed, settings, versions and segments. Rows, metrics and rules: [PROTOCOL.md](PROTOCOL.md).\n",
         "Means and deviations over n seeds. tau, near (pairs of near-equal cost), regrets (points) and accuracy\n"
         "(percent) are against the published accuracies of the layouts trained alone; 10^15: multiply-accumulates\n"
-        "of the search, and of its confirmation.\n"
+        "of the search, and of its confirmation. The authors' table holds accuracies inside mixtures of M supernets,\n"
+        "means over three searches by the look of them; it does not say how long these were.\n"
         "The time of a run is that of a machine that also did other work.\n",
         against_truth(final),
         "## Every run\n",
@@ -252,17 +283,19 @@ def zoo_page(results: dict[str, TrainResult], tuning: Path) -> str:
     return "\n".join(parts)
 
 
-def with_models(readme: str, results: dict[str, TrainResult]) -> str:
-    """A README with the table of models as it is now."""
-    return re.sub(r"(?<=<!-- models -->\n).*?(?=<!-- /models -->)", lambda _: models(results), readme, flags=re.S)
+def with_tables(readme: str, results: dict[str, TrainResult], rows: dict[str, dict[int, SearchResult]]) -> str:
+    """A README with the tables of models and of searches as they are now."""
+    for name, table in (("models", models(results)), ("searches", searches(rows))):
+        readme = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", lambda _, t=table: t, readme, flags=re.S)
+    return readme
 
 
 if __name__ == "__main__":
-    trained = zoo()
+    trained, searched = zoo(), load(RESULTS / "searches")
     written = {
-        RESULTS / "searches.md": page(load(RESULTS / "searches"), trained_alone(RESULTS / "alone")),
+        RESULTS / "searches.md": page(searched, trained_alone(RESULTS / "alone")),
         RESULTS / "zoo.md": zoo_page(trained, RESULTS / "recipe"),
-        ROOT / "README.md": with_models((ROOT / "README.md").read_text(encoding="utf-8"), trained),
+        ROOT / "README.md": with_tables((ROOT / "README.md").read_text(encoding="utf-8"), trained, searched),
     }
     for file, text in written.items():
         file.write_text(text, encoding="utf-8")

@@ -100,6 +100,7 @@ def test_every_number_comes_from_a_record():
     scratch, started = (f"{mean(values):.1f} ± {stdev(values):.1f} %" for values in (means["scratch"], means[SOURCE]))
     claims = [
         evidence["models"](evidence["zoo"]()),
+        evidence["searches"](evidence["load"](ROOT / "results" / "searches")),
         f"{started} of the test images are classified correctly, from scratch {scratch} (n = 3 seeds",
         "--lr 0.01",
         summary["table"](),
@@ -133,10 +134,10 @@ def test_timms_scripts_know_our_models(tmp_path):
     assert done.stdout == f"{expected.layout}\n", done.stderr
 
 
-def test_the_tables_of_models_are_those_of_their_records():
+def test_the_tables_of_models_and_the_readmes_of_searches_are_those_of_their_records():
     evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
     results = evidence["zoo"]()
-    assert evidence["with_models"](README, results) == README
+    assert evidence["with_tables"](README, results, evidence["load"](ROOT / "results" / "searches")) == README
     written = (ROOT / "results" / "zoo.md").read_text(encoding="utf-8")
     assert written == evidence["zoo_page"](results, ROOT / "results" / "recipe")
     repeats = [
