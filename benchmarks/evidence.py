@@ -61,14 +61,19 @@ def agreements(results: Sequence[SearchResult]) -> str:
     return mean_and_deviation(found) if found else "-"
 
 
-def how(results: Sequence[SearchResult]) -> str:
-    """Epochs, and the compute of the search and of its confirmation, of the first seed that recorded it."""
-    result = next((result for result in results if result.spent_macs), results[0])
-    if not result.spent_macs:
-        return f"{result.epochs} epochs, not recorded"
+def spent(results: Sequence[SearchResult]) -> str:
+    """The compute of the search and of its confirmation, of the first seed that recorded it."""
+    result = next((result for result in results if result.spent_macs), None)
+    if not result:
+        return "not recorded"
     confirmed = result.confirmed.spent_macs if result.confirmed else 0
-    own = f"{result.epochs} epochs, {(result.spent_macs - confirmed) / 1e15:.3f}"
+    own = f"{(result.spent_macs - confirmed) / 1e15:.3f}"
     return f"{own} + {confirmed / 1e15:.3f}" if confirmed else own
+
+
+def how(results: Sequence[SearchResult]) -> str:
+    """Epochs and compute."""
+    return f"{results[0].epochs} epochs, {spent(results)}"
 
 
 def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
@@ -80,9 +85,9 @@ def against_truth(rows: dict[str, dict[int, SearchResult]]) -> str:
     for trained in (1, 8):
         best = expected_best(TRUTH.accuracy, trained)
         regret = 100 * (max(TRUTH.accuracy.values()) - best)
-        spent = trained * benchmark.training_macs(mean(MACS.values())) / 1e15
+        compute = trained * benchmark.training_macs(mean(MACS.values())) / 1e15
         cells.append([f"random, k = {trained}", "-", "-", "-", "-", f"{regret:.2f}", "-", "-", f"{100 * best:.2f}", "-",
-                      f"{spent:.2f}"])  # fmt: skip
+                      f"{compute:.2f}"])  # fmt: skip
     for supernets, by in TRUTH.supernet.items():
         theirs = quality(by, TRUTH.accuracy, MACS)
         cells.append([f"authors' table, M = {supernets}", "-", str(theirs.choice), *_numbers([theirs]), "-", "unknown"])
@@ -106,22 +111,15 @@ def _numbers(found: Sequence[Quality]) -> list[str]:
 def searches(rows: dict[str, dict[int, SearchResult]]) -> str:
     """The README's table: what searches are worth at equal compute, beside a ranking that costs nothing."""
     cells = [["search", "n", "its choice, trained alone", "Kendall's tau", "regret within a budget, points", "10^15"]]
-    for name, title in ROWS.items():
-        results = [rows[name][seed] for seed in sorted(rows[name])]
-        found = [measured(result) for result in results]
+    seeds = {title: [rows[name][seed] for seed in sorted(rows[name])] for name, title in ROWS.items()}
+    lines = [(title, str(len(all_)), [measured(one) for one in all_], spent(all_)) for title, all_ in seeds.items()]
+    others = [("the authors' own table, mixture of four", TRUTH.supernet[4], "unknown"),
+              ("none: by multiply-accumulates", dict(MACS), "0")]  # fmt: skip
+    lines += [(title, "-", [quality(by, TRUTH.accuracy, MACS)], compute) for title, by, compute in others]
+    for title, n, found, compute in lines:
+        tau, _, _, front, _, accuracy = _numbers(found)
         choices = ", ".join(dict.fromkeys(str(one.choice) for one in found))
-        tau, accuracy, front = (mean_and_deviation(values) for values in (
-            [one.tau for one in found],
-            [100 * one.accuracy for one in found],
-            [100 * one.front_regret for one in found],
-        ))  # fmt: skip
-        cells.append([title, str(len(found)), f"{accuracy} % ({choices})", tau, front, how(results).split(", ")[1]])
-    others = {"the authors' own table, mixture of four": (TRUTH.supernet[4], "unknown"),
-              "none: by multiply-accumulates": (dict(MACS), "0")}  # fmt: skip
-    for title, (by, spent) in others.items():
-        one = quality(by, TRUTH.accuracy, MACS)
-        cells.append([title, "-", f"{100 * one.accuracy:.2f} % ({one.choice})", f"{one.tau:.2f}",
-                      f"{100 * one.front_regret:.2f}", spent])  # fmt: skip
+        cells.append([title, n, f"{accuracy} % ({choices})", tau, front, compute])
     return markdown(cells) + "\n"
 
 
