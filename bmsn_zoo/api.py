@@ -186,7 +186,7 @@ class SearchResult:
         return draw_assignment(self.record)
 
     def plot_curves(self) -> "Figure":
-        """Loss, accuracy and steps of each supernet over the epochs.
+        """Loss and accuracy over the epochs, and how many steps each of several supernets took.
 
         Raises:
             InputError: if this was read from a model that it found, whose curves are those of its training.

@@ -88,7 +88,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
     loss, accuracy = [row.loss for row in rows], [100 * row.drawn_accuracy for row in rows]
     lines: dict[str, Any] = {"training loss": {"loss": loss}, "accuracy when drawn, %": {"drawn layouts": accuracy}}
-    lines["steps of each supernet"] = steps
+    lines |= {"steps of each supernet": steps} if len(steps) > 1 else {}
     charts = [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows]
     if len(rows) > 1 and result.mixture_size > 1 and all(row.assigned for row in rows):
         homes = {name: [row.assigned.count(m) for row in rows] for m, name in enumerate(steps)}

@@ -114,19 +114,21 @@ def draw_search(folder: Path) -> None:
 
 
 def draw_search_curves(result: SearchResult, folder: Path) -> "Figure":
-    """Loss, accuracy and steps of each supernet over the epochs of a search, whose metrics.jsonl is in `folder`."""
+    """Loss and accuracy over a search's epochs, and the steps of several supernets; metrics.jsonl is in `folder`."""
     if "trials" in result.details:
         raise InputError("this search trained layouts alone: see the curves of its trials")
-    rows, figure = _epochs(folder, _SearchEpoch), _figure(9, 3.2)
-    loss, accuracy, draws = figure.subplots(1, 3)
-    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
-    drawn = [100 * row.drawn_accuracy for row in rows]
-    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=drawn)
+    rows = _epochs(folder, _SearchEpoch)
     if len({len(row.draws) for row in rows}) > 1:
         raise InputError(f"{folder / 'metrics.jsonl'} counts the steps of other supernets in some lines")
     steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
-    _draw_curves(draws, rows, "steps of each supernet", **steps)
-    draws.set_ylim(bottom=0)
+    figure = _figure(9 if len(steps) > 1 else 7, 3.2)
+    loss, accuracy, *rest = figure.subplots(1, 3 if len(steps) > 1 else 2)
+    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
+    drawn = [100 * row.drawn_accuracy for row in rows]
+    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=drawn)
+    for axes in rest:
+        _draw_curves(axes, rows, "steps of each supernet", **steps)
+        axes.set_ylim(bottom=0)
     figure.suptitle(_subject(result), fontsize=10)
     return figure
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 from pictures import drawn
+from PIL import Image
 from small_runs import latency_of, run
 
 from bmsn_zoo import report
@@ -44,6 +45,23 @@ def test_a_search_without_an_assignment_has_no_picture_of_it(runs, capsys, tmp_p
     search.model_copy(update={"assignment_matrix": None, "scores": None}).write(folder / "search.json")
     assert run(report, folder) == 0
     assert sorted(file.name for file in (folder / "pictures").iterdir()) == ["accuracy_macs.png", "curves.png"]
+
+
+@drawn()
+def test_steps_are_drawn_of_each_of_several_supernets_but_not_of_one(runs, capsys, tmp_path):
+    folder = shutil.copytree(runs.search, tmp_path / "search")
+    assert run(report, folder) == 0 and "steps of each supernet" in (folder / "report.html").read_text("utf-8")
+    width = Image.open(folder / "pictures" / "curves.png").width
+    search = SearchResult.read(folder / "search.json")
+    ranking = [entry.model_copy(update={"supernet": 0}) for entry in search.ranking]
+    alone = {"mixture_size": 1, "assignment_matrix": None, "scores": None, "ranking": ranking}
+    alone["accuracy_matrix"] = [[max(row)] for row in search.accuracy_matrix]
+    search.model_copy(update=alone).write(folder / "search.json")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [row | {"draws": [sum(row["draws"])], "assigned": []} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert run(report, folder) == 0 and "steps of each supernet" not in (folder / "report.html").read_text("utf-8")
+    assert Image.open(folder / "pictures" / "curves.png").width < width
 
 
 class Page(HTMLParser):
