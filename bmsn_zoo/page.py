@@ -11,6 +11,7 @@ from typing import Any
 from .axis import Axis
 from .card import percent, template_environment
 from .compare import compare_runs
+from .epochs import SearchEpoch, TrainEpoch, search_curves
 from .files import write_text
 from .layout import Layout
 from .ranking import spread, tied
@@ -75,7 +76,7 @@ def _costs(
             "front": [spot(entry) for entry in front], "points": [spot(e) for e in kept if e not in front]}  # fmt: skip
 
 
-def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) -> dict[str, Any]:
+def _search(folder: Path, result: SearchResult, rows: Sequence[SearchEpoch], most: int) -> dict[str, Any]:
     """What the page shows of a search; `rows` are its epochs, `most` how many layouts."""
     ranking, images = result.ranking[:most], result.dataset.score_images
     kept = list({entry.layout: entry for entry in (*ranking, *result.pareto_front[:most])}.values())
@@ -85,13 +86,9 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     shares = dict(zip(result.layouts, result.assignment_matrix or [], strict=False))
     columns = sorted(ranking[:_COLUMNS], key=lambda entry: entry.macs) if shares else []
     epochs = [row.epoch for row in rows]
-    steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
-    loss, accuracy = [row.loss for row in rows], [100 * row.drawn_accuracy for row in rows]
-    lines: dict[str, Any] = {"training loss": {"loss": loss}, "accuracy when drawn, %": {"drawn layouts": accuracy}}
-    lines |= {"steps of each supernet": steps} if len(steps) > 1 else {}
-    charts = [_curves(title, epochs, drawn) for title, drawn in lines.items() if rows]
+    charts = [_curves(title, epochs, lines) for title, lines in search_curves(rows).items() if rows]
     if len(rows) > 1 and result.mixture_size > 1 and all(row.assigned for row in rows):
-        homes = {name: [row.assigned.count(m) for row in rows] for m, name in enumerate(steps)}
+        homes = {f"supernet {m}": [row.assigned.count(m) for row in rows] for m in range(result.mixture_size)}
         charts.append(_curves("layouts assigned to each supernet", epochs, homes))
         moved = [sum(map(ne, a.assigned, b.assigned)) for a, b in pairwise(rows)]
         charts.append(_curves("layouts that changed supernet", epochs[1:], {"since the epoch before": moved}))
@@ -112,7 +109,7 @@ def _search(folder: Path, result: SearchResult, rows: Sequence[Any], most: int) 
     }  # fmt: skip
 
 
-def _training(folder: Path, result: Any, rows: Sequence[Any]) -> dict[str, Any]:
+def _training(folder: Path, result: Any, rows: Sequence[TrainEpoch]) -> dict[str, Any]:
     """What the page shows of a training or a trial."""
     test = hasattr(result, "test_accuracy")
     accuracy = result.test_accuracy if test else result.holdout_accuracy
@@ -181,7 +178,7 @@ def write_page(runs: Sequence[tuple[Path, Run, Sequence[Any]]], path: Path) -> N
     """Write the page of some runs.
 
     Args:
-        runs: folder, result, and what pictures need of every epoch (see `report`), of each.
+        runs: folder, result, and its epochs (see `epochs`), of each.
         path: the file to write.
     """
     parts, most = [], max(50, _ROWS // len(runs))

@@ -5,20 +5,19 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from .card import PICTURE, percent, ranked_rows
 from .command import run_command
-from .config import MAX_LAYOUTS, DataConfig
+from .config import DataConfig
+from .epochs import Epoch, read_search_epochs, read_train_epochs, search_curves
 from .errors import InputError
-from .files import read_text
 from .layout import Layout
 from .progress import duration
 from .ranking import standard_error, tied
-from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, fault, pareto_front
+from .results import Confirmation, Entry, Run, SearchResult, TrainResult, TrialResult, pareto_front
 from .search_space import backbone_of
 from .usage import parser_of, start_of, wrapped
 
@@ -34,46 +33,6 @@ _NAMES = {
     "best_within_default_macs": "the best within the default's cost",
     "best": "the best",
 }
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a picture can show
-
-
-class _Epoch(BaseModel):
-    """What pictures need of a line of metrics.jsonl."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-    epoch: Annotated[int, Field(ge=1, le=10**9)]
-    loss: Number
-
-
-class _SearchEpoch(_Epoch):
-    drawn_accuracy: Number = Field(validation_alias=AliasChoices("score_accuracy", "train_accuracy"))
-    draws: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Field(min_length=1, max_length=1024)]
-    assigned: Annotated[list[Annotated[int, Field(ge=0, lt=1024)]], Field(max_length=MAX_LAYOUTS)] = []
-
-
-class _TrainEpoch(_Epoch):
-    train_accuracy: Number
-    holdout_accuracy: Number | None
-
-
-EpochT = TypeVar("EpochT", bound=_Epoch)
-
-
-def _epochs(folder: Path, kind: type[EpochT]) -> list[EpochT]:
-    """The lines of metrics.jsonl.
-
-    Raises:
-        InputError: if there are none, or one is malformed.
-    """
-    path, rows = folder / "metrics.jsonl", []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            rows.append(kind.model_validate_json(line))
-        except ValidationError as error:
-            raise InputError(f"{path}, line {number}, is not of this run: {fault(error)}") from None
-    if not rows:
-        raise InputError(f"{path} is empty: it should hold a line for every epoch")
-    return rows
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -90,7 +49,7 @@ def _save(figure: "Figure", path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
 
 
-def _draw_curves(axes: Any, epochs: Sequence[_Epoch], title: str, **curves: Sequence[float]) -> None:
+def _draw_curves(axes: Any, epochs: Sequence[Epoch], title: str, **curves: Sequence[float]) -> None:
     """Lines over epochs, named in a legend if there are several."""
     for name, values in curves.items():
         color = _HIGHLIGHT if len(curves) == 1 else None
@@ -117,18 +76,14 @@ def draw_search_curves(result: SearchResult, folder: Path) -> "Figure":
     """Loss and accuracy over a search's epochs, and the steps of several supernets; metrics.jsonl is in `folder`."""
     if "trials" in result.details:
         raise InputError("this search trained layouts alone: see the curves of its trials")
-    rows = _epochs(folder, _SearchEpoch)
-    if len({len(row.draws) for row in rows}) > 1:
-        raise InputError(f"{folder / 'metrics.jsonl'} counts the steps of other supernets in some lines")
-    steps = {f"supernet {m}": counts for m, counts in enumerate(zip(*(row.draws for row in rows), strict=True))}
-    figure = _figure(9 if len(steps) > 1 else 7, 3.2)
-    loss, accuracy, *rest = figure.subplots(1, 3 if len(steps) > 1 else 2)
-    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
-    drawn = [100 * row.drawn_accuracy for row in rows]
-    _draw_curves(accuracy, rows, "accuracy when drawn, %", accuracy=drawn)
-    for axes in rest:
-        _draw_curves(axes, rows, "steps of each supernet", **steps)
-        axes.set_ylim(bottom=0)
+    rows = read_search_epochs(folder)
+    charts = search_curves(rows)
+    figure = _figure(9 if len(charts) > 2 else 7, 3.2)
+    panels = figure.subplots(1, len(charts))
+    for axes, (title, lines) in zip(panels, charts.items(), strict=True):
+        _draw_curves(axes, rows, title, **lines)
+    if len(charts) > 2:
+        panels[2].set_ylim(bottom=0)  # steps
     figure.suptitle(_subject(result), fontsize=10)
     return figure
 
@@ -229,7 +184,7 @@ def draw_training(folder: Path) -> None:
 
 def draw_training_curves(folder: Path) -> "Figure":
     """Loss and accuracies over the epochs of the training in a folder."""
-    rows, figure = _epochs(folder, _TrainEpoch), _figure(7, 3.2)
+    rows, figure = read_train_epochs(folder), _figure(7, 3.2)
     loss, accuracy = figure.subplots(1, 2)
     _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
     curves = {"augmented training images": [100 * row.train_accuracy for row in rows]}
@@ -419,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = kinds[file].read(folder / file)
             alone = isinstance(result, SearchResult) and "trials" in result.details  # whose epochs are the trials'
             followed = (folder / "metrics.jsonl").exists() and not alone
-            rows = _epochs(folder, _SearchEpoch if searched else _TrainEpoch) if followed else []
+            rows = (read_search_epochs if searched else read_train_epochs)(folder) if followed else []
             runs.append((folder, result, rows))
         page = given.output or given.run[0] / "report.html"
         write_page(runs, page)

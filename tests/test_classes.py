@@ -37,9 +37,9 @@ def recorded():
 
 
 def page(tmp_path, *results):
-    from bmsn_zoo.report import _TrainEpoch
+    from bmsn_zoo.epochs import TrainEpoch
 
-    rows = [_TrainEpoch(epoch=1, loss=1.0, train_accuracy=0.5, holdout_accuracy=None)]
+    rows = [TrainEpoch(epoch=1, loss=1.0, train_accuracy=0.5, holdout_accuracy=None)]
     write_page(
         [(Path(f"runs/{number}"), result, rows) for number, result in enumerate(results)], tmp_path / "page.html"
     )
