@@ -115,7 +115,7 @@ def _training(folder: Path, result: Any, rows: Sequence[TrainEpoch]) -> dict[str
     accuracy = result.test_accuracy if test else result.holdout_accuracy
     lines = {"augmented training images": [100 * row.train_accuracy for row in rows]}
     if held := [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]:
-        lines |= {"held-out images": held} if len(held) == len(rows) else {}
+        lines |= {"held-out training images": held} if len(held) == len(rows) else {}
     epochs, usual = [row.epoch for row in rows], str(backbone_of(result.model).default_layout)
     layouts = dict.fromkeys((result.layout, usual))
     quoted, again = shlex.quote(str(folder)), [f"{start_of('train')} --output {shlex.quote(str(folder))} --resume"]
