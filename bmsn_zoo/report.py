@@ -310,9 +310,8 @@ def _evidence(result: SearchResult, pick: str) -> str:
     if result.latency:
         cost += f", {result.latency.single.of(entry.layout):.2f} ms"
     known = f"{percent(entry.accuracy)} in the search, not confirmed"
-    for choice in result.confirmed.choices if result.confirmed else ():
-        if choice.layout == entry.layout:
-            known = f"{percent(choice.accuracy)} ± {100 * standard_error(choice.accuracy, choice.images):.2f} alone"
+    if choice := result.trained_alone(entry.layout):
+        known = f"{percent(choice.accuracy)} ± {100 * standard_error(choice.accuracy, choice.images):.2f} alone"
     if pick != "default" and result.default and entry.layout == result.default.layout:
         return f"{entry.layout}, the default: nothing else is shown to be better"
     return f"{entry.layout}, {cost}, {known}"

@@ -591,6 +591,11 @@ class SearchResult(Ranking, Run):
             choice = getattr(self.confirmed, choice)
         return super().pick(choice)
 
+    def trained_alone(self, layout: str) -> Choice | None:
+        """What the confirmation measured of a layout; None if it was not one of its choices."""
+        choices = self.confirmed.choices if self.confirmed else ()
+        return next((choice for choice in choices if choice.layout == layout), None)
+
     def prices(self) -> dict[str, Callable[[Entry], float]]:
         """What a layout costs, by the words for an axis: multiply-accumulates, and the latency if it was measured."""
         found: dict[str, Callable[[Entry], float]]

@@ -33,7 +33,7 @@ def describe_run(folder: Path) -> tuple[list[str], str]:
 
 
 def _result(folder: Path) -> str:
-    """The layout of a finished run, and its accuracy."""
+    """The layout of a finished run, and its accuracy: of a confirmed search, that of the layout trained alone."""
     if (folder / "trial.json").exists():
         trial = TrialResult.read(folder / "trial.json", "trial.json")
         return f"{trial.layout}, {percent(trial.holdout_accuracy)} held out"
@@ -42,7 +42,9 @@ def _result(folder: Path) -> str:
         return f"{trained.layout}, {percent(trained.test_accuracy)} on test"
     found = SearchResult.read(folder / "search.json", "search.json")
     entry = found.to_train("best")
-    return f"{'keeps' if found.undecided and found.default else 'found'} {entry.layout}, {percent(entry.accuracy)}"
+    said, choice = "keeps" if found.undecided and found.default else "found", found.trained_alone(entry.layout)
+    accuracy = f"{percent(choice.accuracy)} alone" if choice else percent(entry.accuracy)
+    return f"{said} {entry.layout}, {accuracy}"
 
 
 def runs_table(folders: Sequence[Path]) -> str:

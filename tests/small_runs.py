@@ -12,7 +12,7 @@ from bmsn_zoo import searching as search_module
 from bmsn_zoo import training as train_module
 from bmsn_zoo.cost import rows_of
 from bmsn_zoo.models.found import register_folder
-from bmsn_zoo.results import Latencies, LatencyResult, SearchResult
+from bmsn_zoo.results import Choice, Confirmation, Latencies, LatencyResult, SearchResult
 
 FOUND, DEFAULT = "bmsn_resnet20_compass", "bmsn_resnet20_compass_default"
 COMMON = ["--batch-size", "16", "--epochs", "1", "--mixed-precision", "no"]
@@ -29,6 +29,26 @@ def latency_of(result, hardware):
     batches = [Latencies.of_times(batch, rows, {Layout.parse("4-3-3"): [0.021, 0.022, 0.023]}) for batch in (1, 64)]
     about = dict(device="cpu", hardware=hardware, precision="fp32", threads=2, torch="2.9")
     return LatencyResult(**about, batches=batches)
+
+
+def confirm(folder, p_value):
+    """Write into the run folder of a search that 5-3-2 was five points better than 4-3-3, both trained alone."""
+    result = SearchResult.read(folder / "search.json")
+    choices = [
+        Choice(
+            layout=layout,
+            right=right,
+            images=1000,
+            macs=result.pick(layout).macs,
+            better=better,
+            worse=worse,
+            p_value=p,
+        )
+        for layout, right, better, worse, p in (("4-3-3", 500, 0, 0, None), ("5-3-2", 550, 80, 30, p_value))
+    ]
+    confirmed = Confirmation.of(choices, "4-3-3", epochs=3, seed=0, spent_macs=1)
+    changed = {"confirmed": confirmed, "undecided": confirmed.abstains}
+    result.model_copy(update=changed).write(folder / "search.json")
 
 
 def registered(data: Path) -> SimpleNamespace:

@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 import pytest
 from pictures import drawn
 from PIL import Image
-from small_runs import latency_of, run
+from small_runs import confirm, latency_of, run
 
 from bmsn_zoo import report
 from bmsn_zoo.axis import Axis
 from bmsn_zoo.ranking import ties
 from bmsn_zoo.report import search_table
-from bmsn_zoo.results import Choice, Confirmation, SearchResult, TrainResult
+from bmsn_zoo.results import SearchResult, TrainResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -168,15 +168,9 @@ def test_the_page_shows_the_assignment_over_time(runs, tmp_path):
 
 
 def test_the_page_of_a_confirmed_search_says_what_was_shown(runs, tmp_path):
-    folder, result = shutil.copytree(runs.search, tmp_path / "run"), SearchResult.read(runs.search / "search.json")
-    macs = {entry.layout: entry.macs for entry in result.ranking}
-    usual = Choice(layout="4-3-3", right=500, images=1000, macs=macs["4-3-3"], better=0, worse=0, p_value=None)
+    folder = shutil.copytree(runs.search, tmp_path / "run")
     for p_value, verdict in ((0.004, "5-3-2 beats the default 4-3-3 by 5.0 points"), (0.3, "keep 4-3-3")):
-        about = dict(right=550, images=1000, macs=macs["5-3-2"], better=80, worse=30, p_value=p_value)
-        choices = [usual, Choice(layout="5-3-2", **about)]
-        confirmed = Confirmation.of(choices, "4-3-3", epochs=3, seed=0, spent_macs=1)
-        changed = {"confirmed": confirmed, "undecided": confirmed.abstains}
-        result.model_copy(update=changed).write(folder / "search.json")
+        confirm(folder, p_value)
         assert run(report, folder) == 0
         page = Page((folder / "report.html").read_text())
         assert verdict in page.text and f"p = {p_value:.2g}" in page.text and "80 images better, 30 worse" in page.text

@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 
+from small_runs import confirm
+
 from bmsn_zoo import runs as runs_module
 from bmsn_zoo.results import TrainResult
 from bmsn_zoo.usage import wrapped
@@ -39,6 +41,13 @@ def test_runs_are_listed_with_what_they_found_and_how_to_resume_them(runs, tmp_p
     accuracy = TrainResult.read(runs.default / "metrics.json").test_accuracy
     assert f"4-3-3, {100 * accuracy:.2f} % on test" in below
     assert below.index("compass") == lines["folder"].index("data"), "columns are aligned"
+
+
+def test_a_confirmed_search_is_listed_with_what_its_layout_reached_alone(runs, tmp_path):
+    folder = shutil.copytree(runs.search, tmp_path / "run")
+    for p_value, said in ((0.004, "found 5-3-2, 55.00 % alone"), (0.3, "keeps 4-3-3, 50.00 % alone")):
+        confirm(folder, p_value)
+        assert runs_module.describe_run(folder)[0][2] == said
 
 
 def test_long_commands_are_broken_within_80_columns_and_can_be_copied():
