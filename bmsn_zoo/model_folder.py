@@ -225,8 +225,8 @@ def _comparable(metrics: TrainResult, folder: Path, shown: Path | str) -> TrainR
 
 
 def _with_repeats(metrics: TrainResult, runs: Sequence[Path | str]) -> TrainResult:
-    """A result that tells of the same training with other seeds too, whose run folders these are."""
-    seeds, found = {metrics.seed}, list[Repeat]()
+    """A result that tells of the same training with other seeds too, whose run folders these are, beside its own."""
+    seeds, found = set(metrics.seeds), list(metrics.repeats)
     for run in runs:
         folder = _model_of(run)
         load_model(folder)  # is whole

@@ -195,6 +195,11 @@ def test_repeats_with_other_seeds_are_told_of(runs, repeat, tmp_path, monkeypatc
     assert "n = 1)." not in text and "was not measured" not in text
     assert f"value: {first.test_accuracy}\n" in text, "the weights' own accuracy is what can be measured again"
     load_model(added)
+    shutil.copytree(added, tmp_path / "again" / "model")
+    shutil.copy(added / "metrics.jsonl", tmp_path / "again")
+    more = add(tmp_path / "again", "bmsn_resnet20_more", repeats=[repeat(3, 0.25)], zoo=zoo)
+    assert TrainResult.read(more / "metrics.json").repeats[:2] == found.repeats, "those that it tells of are kept"
+    assert TrainResult.read(more / "metrics.json").seeds == [0, 1, 2, 3]
 
 
 def test_what_is_no_repeat_is_refused(runs, repeat, tmp_path):
