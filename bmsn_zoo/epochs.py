@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,6 +38,7 @@ class TrainEpoch(Epoch):
 
 
 EpochT = TypeVar("EpochT", bound=Epoch)
+Charts: TypeAlias = dict[str, Mapping[str, Sequence[float]]]  # title, name of a line, its value at every epoch
 
 
 def _read(path: Path, kind: type[EpochT]) -> list[EpochT]:
@@ -73,9 +74,9 @@ def read_train_epochs(folder: Path) -> list[TrainEpoch]:
     return _read(folder / "metrics.jsonl", TrainEpoch)
 
 
-def search_curves(rows: Sequence[SearchEpoch]) -> dict[str, Mapping[str, Sequence[float]]]:
-    """The charts of a search by their titles, and the named lines of each: steps only of several supernets."""
-    charts: dict[str, Mapping[str, Sequence[float]]] = {
+def search_curves(rows: Sequence[SearchEpoch]) -> Charts:
+    """The charts of a search: the steps of each supernet only of several."""
+    charts: Charts = {
         "training loss": {"loss": [row.loss for row in rows]},
         "accuracy when drawn, %": {"drawn layouts": [100 * row.drawn_accuracy for row in rows]},
     }
@@ -83,3 +84,12 @@ def search_curves(rows: Sequence[SearchEpoch]) -> dict[str, Mapping[str, Sequenc
     if len(steps) > 1:
         charts["steps of each supernet"] = steps
     return charts
+
+
+def train_curves(rows: Sequence[TrainEpoch]) -> Charts:
+    """The charts of a training: accuracy on held-out images only if every epoch has it."""
+    accuracy = {"augmented training images": [100 * row.train_accuracy for row in rows]}
+    held = [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]
+    if len(held) == len(rows):
+        accuracy["held-out training images"] = held
+    return {"training loss": {"loss": [row.loss for row in rows]}, "accuracy, %": accuracy}

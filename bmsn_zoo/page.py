@@ -11,7 +11,7 @@ from typing import Any
 from .axis import Axis
 from .card import percent, template_environment
 from .compare import compare_runs
-from .epochs import SearchEpoch, TrainEpoch, search_curves
+from .epochs import SearchEpoch, TrainEpoch, search_curves, train_curves
 from .files import write_text
 from .layout import Layout
 from .ranking import spread, tied
@@ -113,9 +113,6 @@ def _training(folder: Path, result: Any, rows: Sequence[TrainEpoch]) -> dict[str
     """What the page shows of a training or a trial."""
     test = hasattr(result, "test_accuracy")
     accuracy = result.test_accuracy if test else result.holdout_accuracy
-    lines = {"augmented training images": [100 * row.train_accuracy for row in rows]}
-    if held := [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]:
-        lines |= {"held-out training images": held} if len(held) == len(rows) else {}
     epochs, usual = [row.epoch for row in rows], str(backbone_of(result.model).default_layout)
     layouts = dict.fromkeys((result.layout, usual))
     quoted, again = shlex.quote(str(folder)), [f"{start_of('train')} --output {shlex.quote(str(folder))} --resume"]
@@ -123,8 +120,7 @@ def _training(folder: Path, result: Any, rows: Sequence[TrainEpoch]) -> dict[str
         "kind": "training", "folder": folder, "result": result, "accuracy": accuracy, "usual": usual,
         "images": result.test_images if test else result.holdout_images,
         "measured_on": "test images" if test else "held-out training images",
-        "charts": [_curves("training loss", epochs, {"loss": [row.loss for row in rows]}),
-                   _curves("accuracy, %", epochs, lines)],
+        "charts": [_curves(title, epochs, lines) for title, lines in train_curves(rows).items()],
         "stairs": {layout: stairs(layout, result.model, result.dataset.image_size) for layout in layouts},
         "commands": [f"{start_of('predict')} {quoted} photo.jpg", f"{start_of('evaluate')} {quoted}",
                      f"{start_of('hub')} push {quoted} USER/REPO"] if test else again,

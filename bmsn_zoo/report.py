@@ -12,7 +12,7 @@ import yaml
 from .card import PICTURE, percent, ranked_rows
 from .command import run_command
 from .config import DataConfig
-from .epochs import Epoch, read_search_epochs, read_train_epochs, search_curves
+from .epochs import Epoch, read_search_epochs, read_train_epochs, search_curves, train_curves
 from .errors import InputError
 from .layout import Layout
 from .progress import duration
@@ -185,13 +185,9 @@ def draw_training(folder: Path) -> None:
 def draw_training_curves(folder: Path) -> "Figure":
     """Loss and accuracies over the epochs of the training in a folder."""
     rows, figure = read_train_epochs(folder), _figure(7, 3.2)
-    loss, accuracy = figure.subplots(1, 2)
-    _draw_curves(loss, rows, "training loss", loss=[row.loss for row in rows])
-    curves = {"augmented training images": [100 * row.train_accuracy for row in rows]}
-    held = [100 * row.holdout_accuracy for row in rows if row.holdout_accuracy is not None]
-    if len(held) == len(rows):
-        curves["held-out training images"] = held
-    _draw_curves(accuracy, rows, "accuracy, %", **curves)
+    charts = train_curves(rows)
+    for axes, (title, lines) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
+        _draw_curves(axes, rows, title, **lines)
     return figure
 
 
