@@ -57,7 +57,8 @@ def one_line(shown: object, problem: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # KeyError for "!!bool x" in YAML, say
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # an OSError's own text names the path once more
+        reason = " ".join(str(said).split())[:300] or type(error).__name__
         raise InputError(f"{shown} {problem}: {reason}") from None
 
 

@@ -293,7 +293,7 @@ def test_folders_that_hold_no_run(runs, tmp_path, capsys):
     shutil.copy(runs.search / "search.json", tmp_path)
     (tmp_path / "empty").mkdir()
     for folder, said in ((tmp_path / "nothing", "holds no finished run"), (tmp_path / "empty", "holds no finished run"),
-                         (tmp_path, "metrics.jsonl cannot be read")):  # fmt: skip
+                         (tmp_path, "metrics.jsonl cannot be read: No such file")):  # fmt: skip
         capsys.readouterr()
         assert run(report, folder) == 2
         error = capsys.readouterr().err
